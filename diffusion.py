@@ -245,7 +245,7 @@ class Diffusion(nn.Module):
     def bits_per_dim(self, x, c, seeds, steps=50):
         """-log2 p(x | c) per pixel value, (B,), for x (B, C, H, W) in [-1, 1]: (7), dequantized, by
         Heun's method on log-uniform times from 1e-3, with Hutchinson's estimate of the divergence
-        (Grathwohl et al. 2019, eq. 7)."""
+        (Grathwohl et al. 2019, section 3.1)."""
         velocity = self.velocity(c)
         probe = (prior.uniform(seeds, x.shape[1:], 4) - 0.5).sign()
 
@@ -360,10 +360,10 @@ def load_data(path):
     sets = []
     for part in ("", "_test")[: 1 + ("x_test" in data)]:
         x, y = data.get("x" + part), data.get("y" + part)
-        if x is None or y is None or x.ndim < 1 or len(x) != len(y) or y.dtype.kind not in "Uiu":
-            fail(f"--data {path} needs x{part} and, as long, y{part} of texts or ints")
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[1] != x.shape[2] or len(x) < 2:
-            fail(f"--data {path}: x{part} is not uint8 (N, H, W) or (N, H, W, C), H = W, N > 1")
+        if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[1] != x.shape[2]:
+            fail(f"--data {path} needs x{part}: uint8 (N, H, W) or (N, H, W, C) with H = W")
+        if y is None or y.shape != x.shape[:1] or y.dtype.kind not in "Uiu" or len(x) < 2:
+            fail(f"--data {path} needs y{part}: a text or an int for each of 2 images or more")
         if x.shape[1] % 4 or (sets and x.shape[1:] != data["x"].shape[1:]):
             fail(f"--data {path}: the sides of x{part} must be divisible by 4, and all x alike")
         x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
@@ -411,13 +411,13 @@ def progress(items=None, **options):
     """items under a progress bar on stderr."""
     from tqdm import tqdm
 
-    return tqdm(items, leave=False, disable=RANK > 0, mininterval=1, **options)
+    return tqdm(items, disable=RANK > 0, mininterval=1, **options)
 
 
 def update(optimizer, loss, rate):
     """A step down the gradient, averaged over the ranks and clipped at norm 1; returns the norm.
-    From the first norm on that is not finite, found_inf makes steps no-ops, without asking the
-    device."""
+    From the first loss or norm on that is not finite, found_inf makes all steps no-ops, with no
+    wait for the device."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     loss.backward()
@@ -426,7 +426,8 @@ def update(optimizer, loss, rate):
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
+    broken = ~(norm + loss.detach()).isfinite()
+    optimizer.found_inf = torch.maximum(optimizer.found_inf, broken.float())
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

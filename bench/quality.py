@@ -74,7 +74,7 @@ def neighbours(reference, queries, k):
 
 
 def density_and_coverage(real, fake, k=5):
-    """Naeem et al. 2020, equations 4 and 6, on features (N, F) and (M, F)."""
+    """Of fake features (M, F) against real ones (N, F): Naeem et al. 2020."""
     radius = neighbours(real, real, k + 1)[:, k]  # the first neighbour is the image itself
     inside = torch.cdist(torch.as_tensor(real), torch.as_tensor(fake)).numpy() < radius[:, None]
     return inside.sum() / (k * len(fake)), inside.any(1).mean()

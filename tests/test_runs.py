@@ -235,3 +235,29 @@ def test_the_run_folder(script, run, capsys):
 def test_the_modules_are_importable_by_name():
     for name in SCRIPTS:
         assert importlib.import_module(name).NAME == name
+
+
+def test_update_is_a_no_op_from_the_first_infinity_on(script):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], 0.1, fused=True)
+    optimizer.found_inf = torch.zeros(())
+    script.update(optimizer, p.sum(), 0.1)
+    moved = p.detach().clone()
+    assert not torch.equal(moved, torch.ones(3))
+    for loss in ((p - p.detach()).sum() + float("inf"), p.sum() * float("nan"), p.sum()):
+        script.update(optimizer, loss, 0.1)
+        assert torch.equal(p.detach(), moved)
+
+
+def test_update_is_a_clipped_adamw_step(script):
+    p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    ours, theirs = (torch.optim.AdamW([w], 0.5, fused=True) for w in (p, q))
+    ours.found_inf = torch.zeros(())
+    for _ in range(3):
+        norm = script.update(ours, 5 * p.square().sum(), 0.1)
+        theirs.param_groups[0]["lr"] = 0.1
+        gradient = 10 * q.detach()
+        assert norm.item() == pytest.approx(gradient.norm().item(), rel=1e-5)
+        q.grad = gradient / max(1.0, gradient.norm().item())
+        theirs.step()
+        assert torch.allclose(p, q, atol=1e-6)

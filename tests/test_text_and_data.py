@@ -115,6 +115,7 @@ X, Y = np.zeros((4, 8, 8), np.uint8), np.array(["a", "b", "a", "b"])
 BAD = {
     "no x": dict(y=Y),
     "no y": dict(x=X),
+    "y a single text": dict(x=X, y=np.array("a")),
     "y of another length": dict(x=X, y=Y[:3]),
     "x not uint8": dict(x=X.astype(np.float32), y=Y),
     "x not images": dict(x=X[0], y=Y),

@@ -11,6 +11,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "diffusion": ["--width", "8", "--embedding", "16", "--steps", "2"],
+    "vae": ["--width", "8", "--embedding", "16", "--latent", "4"],
+    "gan": ["--width", "8", "--embedding", "16", "--latent", "4"],
 }
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 

@@ -43,6 +43,14 @@ def test_samples_can_be_trained_on(trained, tmp_path):
     )
 
 
+def test_images_in_colour_without_a_word_train_and_sample(run, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "rgb.npz", x=x, y=np.array([""] * 12))
+    run("--train", "--train-steps", "2", "--data", tmp_path / "rgb.npz")
+    run("--sample", "--n", "3", "--npz", tmp_path / "a.npz")
+    assert images(tmp_path / "a.npz")[0].shape == (3, 8, 8, 3)
+
+
 def test_interpolate(trained):
     trained("--interpolate", *CAPTIONS)
     assert (trained.out / "interpolation.png").stat().st_size > 1000

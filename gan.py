@@ -246,15 +246,15 @@ def step(model, ema, optimizers, x, words, seeds, k, cfg):
     """Update k, on images x (B, C, H, W) in [-1, 1] with words (B, L): returns detached metrics."""
     words = hide(words, seeds, cfg.dropout)
     rate = cfg.lr * min((k + 1) / (0.05 * cfg.train_steps), 1 - k / cfg.train_steps)
-    metrics = {}
-    for optimizer, loss_of in zip(optimizers, (model.critic_loss, model.generator_loss)):
+    metrics, losses = {}, {"critic": model.critic_loss, "generator": model.generator_loss}
+    for optimizer, (name, loss_of) in zip(optimizers, losses.items()):
         model.requires_grad_(False)
         for p in optimizer.param_groups[0]["params"]:
             p.requires_grad_()
         with autocast(x.device):
             loss, more = loss_of(x, model.embed(words), seeds)
         metrics |= more
-        update(optimizer, loss, rate)
+        metrics[f"{name}_grad_norm"] = update(optimizer, loss, rate)
     for name in WARNINGS if k < 0.2 * cfg.train_steps else ():
         metrics[name] *= 0  # early on both are no news
     weights = [p.detach() for p in model.parameters()]

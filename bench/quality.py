@@ -80,6 +80,11 @@ def density_and_coverage(real, fake, k=5):
     return inside.sum() / (k * len(fake)), inside.any(1).mean()
 
 
+def digits_of(captions):
+    """The digit that each caption names: int64 (N,)."""
+    return torch.tensor([DIGITS.index(caption.split()[2]) for caption in captions])
+
+
 def medians(x, digits):
     """Each digit's median ink and slant over all its images: the captions' thresholds."""
     ink, slant = digit_attributes(x[:, 0].numpy() / 255)
@@ -91,7 +96,7 @@ def medians(x, digits):
 def measure(classifier, thresholds, x_train, x_test, x, captions):
     """The figures above for images x, uint8 (N, 1, 28, 28), drawn for captions."""
     asked = [caption.split() for caption in captions]
-    digits = np.array([DIGITS.index(words[2]) for words in asked])
+    digits = digits_of(captions).numpy()
     ink, slant = digit_attributes(x[:, 0].numpy() / 255)
     bold = np.array([words[0] == "bold" for words in asked])
     slanted = np.array([words[1] == "slanted" for words in asked])
@@ -109,10 +114,6 @@ def measure(classifier, thresholds, x_train, x_test, x, captions):
         "density": float(density),
         "nearest": float(np.median(neighbours(pixels_train, pixels, 1)) / held_out),
     }
-
-
-def digits_of(captions):
-    return torch.tensor([DIGITS.index(caption.split()[2]) for caption in captions])
 
 
 def main(argv=None):

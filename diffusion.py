@@ -66,6 +66,7 @@ class Config:
     steps: int = option(20, "steps of the sampler", low=1)
     sampler: str = option("dpm", "which one", choices=("ddpm", "euler", "heun", "dpm"))
     guidance: float = option(1.5, "w in (6); 1 is the conditional model itself", low=0)
+    dropout: float = option(0.1, "share of captions, and of words, hidden in training", low=0)
     # >>> copied config
     out: str = option(f"runs/{NAME}", "the run folder", once=True)
     data: str = option("", "an .npz with x and y; without it the built-in captioned digits")
@@ -73,7 +74,6 @@ class Config:
     device: str = option("auto", "where", choices=("auto", "cpu", "cuda", "mps"), once=True)
     compile: bool = option(False, "torch.compile the network", once=True)
     resume: bool = option(False, "continue the run in --out from its checkpoint", once=True)
-    dropout: float = option(0.1, "share of captions, and of words, hidden in training", low=0)
     ema: float = option(0.995, "decay of the averaged weights, which sample", low=0)
     checkpoint_every: int = option(500, "updates between checkpoints", low=1)
     log_every: int = option(10, "updates between lines of metrics.jsonl", low=1)
@@ -107,6 +107,8 @@ class Block(nn.Module):
 
 # <<< copied block
 
+
+# >>> copied unet
 class UNet(nn.Module):
     """v_theta(z, t, c), for H = W divisible by 4, on two grids: 2x2 pixels become channels at the
     door, and 2x2 again on the way to the blocks with attention, which learn where they are."""
@@ -141,6 +143,8 @@ class UNet(nn.Module):
         h = self.up(fine + F.pixel_shuffle(self.grow(h), 2), emb)              # (B, w, H/2, W/2)
         return F.pixel_shuffle(self.head(F.silu(self.head_norm(h))), 2)        # (B, C, H, W)
 
+
+# <<< copied unet
 
 # ---------------------------------------------------------------------------------- the model
 
@@ -707,7 +711,8 @@ def main(argv=None):
     asked, typed = parse(argv)
     if not asked:
         return
-    out, run, kept = Path(typed.get("out", Config.out)), None, {}
+    typed.setdefault("out", f"runs/{typed.get('model', getattr(Config, 'model', NAME))}")
+    out, run, kept = Path(typed["out"]), None, {}
     path = out / "checkpoint.pt"
     if "train" in asked and path.exists() and "resume" not in typed:
         fail(f"{out} holds a run: --resume continues it, another --out starts one")

@@ -69,6 +69,7 @@ class Config:
     latent: int = option(64, "D, the size of z", low=1, fixed=True)
     gamma: float = option(1.0, "weight of the gradient penalties in (3)", low=0)
     loss: str = option("relativistic", "(3), (4) or (6)", choices=("relativistic", "nonsaturating"))
+    dropout: float = option(0.1, "share of captions, and of words, hidden in training", low=0)
     # >>> copied config
     out: str = option(f"runs/{NAME}", "the run folder", once=True)
     data: str = option("", "an .npz with x and y; without it the built-in captioned digits")
@@ -76,7 +77,6 @@ class Config:
     device: str = option("auto", "where", choices=("auto", "cpu", "cuda", "mps"), once=True)
     compile: bool = option(False, "torch.compile the network", once=True)
     resume: bool = option(False, "continue the run in --out from its checkpoint", once=True)
-    dropout: float = option(0.1, "share of captions, and of words, hidden in training", low=0)
     ema: float = option(0.995, "decay of the averaged weights, which sample", low=0)
     checkpoint_every: int = option(500, "updates between checkpoints", low=1)
     log_every: int = option(10, "updates between lines of metrics.jsonl", low=1)
@@ -89,6 +89,7 @@ class Config:
 # -------------------------------------------------------------------------------- the network
 
 
+# >>> copied critic
 class Residual(nn.Module):
     """Residual block without normalization, which would mix the images of a batch or hide their
     scale from the critic; emb (B, E), where there is one, scales and shifts its inside."""
@@ -106,6 +107,41 @@ class Residual(nn.Module):
             scale, shift = rearrange(self.adapt(emb), "b c -> b c 1 1").chunk(2, dim=1)
             y = y * (1 + scale) + shift
         return h + self.conv2(F.leaky_relu(y, 0.2))
+
+
+class Critic(nn.Module):
+    """(2): x (B, C, H, W), c (B, E) -> (B,)."""
+
+    def __init__(self, shape, width, embedding):
+        super().__init__()
+        (channels, side, _), w, e = shape, width, embedding
+        self.stem = nn.Conv2d(4 * channels, w, 3, padding=1)
+        self.fine = Residual(w)
+        self.shrink = nn.Conv2d(4 * w, 2 * w, 1)
+        self.coarse = nn.ModuleList(Residual(2 * w) for _ in range(2))
+        self.head = nn.Linear(2 * w * (side // 4) ** 2, e + 1)
+
+    def features(self, x):
+        h = self.fine(self.stem(F.pixel_unshuffle(x, 2)))                      # (B, w, H/2, W/2)
+        h = self.shrink(F.pixel_unshuffle(h, 2))                               # (B, 2w, H/4, W/4)
+        for block in self.coarse:
+            h = block(h)
+        return F.leaky_relu(h, 0.2).flatten(1)
+
+    def forward(self, x, c):
+        phi = self.head(self.features(x)).float()                              # (B, E + 1)
+        return phi[:, 0] + (phi[:, 1:] * c).sum(1) / c.shape[1] ** 0.5
+
+
+def penalty(critic, x, c):
+    """|grad_x D(x, c)|^2 of each image, (B,), with a graph for D's parameters (5)."""
+    x = x.detach().requires_grad_()
+    d = critic(x, c)
+    (gradient,) = torch.autograd.grad(d.sum(), x, create_graph=True)
+    return d, gradient.square().flatten(1).sum(1)
+
+
+# <<< copied critic
 
 
 class Generator(nn.Module):
@@ -133,36 +169,7 @@ class Generator(nn.Module):
         return F.pixel_shuffle(self.head(F.leaky_relu(h, 0.2)), 2).float()     # (B, C, H, W)
 
 
-class Critic(nn.Module):
-    """(2): x (B, C, H, W), c (B, E) -> (B,)."""
-
-    def __init__(self, shape, width, embedding):
-        super().__init__()
-        (channels, side, _), w, e = shape, width, embedding
-        self.stem = nn.Conv2d(4 * channels, w, 3, padding=1)
-        self.fine = Residual(w)
-        self.shrink = nn.Conv2d(4 * w, 2 * w, 1)
-        self.coarse = nn.ModuleList(Residual(2 * w) for _ in range(2))
-        self.head = nn.Linear(2 * w * (side // 4) ** 2, e + 1)
-
-    def forward(self, x, c):
-        h = self.fine(self.stem(F.pixel_unshuffle(x, 2)))                      # (B, w, H/2, W/2)
-        h = self.shrink(F.pixel_unshuffle(h, 2))                               # (B, 2w, H/4, W/4)
-        for block in self.coarse:
-            h = block(h)
-        phi = self.head(F.leaky_relu(h, 0.2).flatten(1)).float()               # (B, E + 1)
-        return phi[:, 0] + (phi[:, 1:] * c).sum(1) / c.shape[1] ** 0.5
-
-
 # ---------------------------------------------------------------------------------- the model
-
-
-def penalty(critic, x, c):
-    """|grad_x D(x, c)|^2 of each image, (B,), with a graph for D's parameters (5)."""
-    x = x.detach().requires_grad_()
-    d = critic(x, c)
-    (gradient,) = torch.autograd.grad(d.sum(), x, create_graph=True)
-    return d, gradient.square().flatten(1).sum(1)
 
 
 class GAN(nn.Module):
@@ -683,7 +690,8 @@ def main(argv=None):
     asked, typed = parse(argv)
     if not asked:
         return
-    out, run, kept = Path(typed.get("out", Config.out)), None, {}
+    typed.setdefault("out", f"runs/{typed.get('model', getattr(Config, 'model', NAME))}")
+    out, run, kept = Path(typed["out"]), None, {}
     path = out / "checkpoint.pt"
     if "train" in asked and path.exists() and "resume" not in typed:
         fail(f"{out} holds a run: --resume continues it, another --out starts one")

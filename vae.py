@@ -69,6 +69,7 @@ class Config:
     latent: int = option(12, "D, the size of z", low=1, fixed=True)
     importance: int = option(64, "K in (5)", low=1)
     noisy: bool = option(False, "sample from (2), not its location alone", once=True)
+    dropout: float = option(0.1, "share of captions, and of words, hidden in training", low=0)
     # >>> copied config
     out: str = option(f"runs/{NAME}", "the run folder", once=True)
     data: str = option("", "an .npz with x and y; without it the built-in captioned digits")
@@ -76,7 +77,6 @@ class Config:
     device: str = option("auto", "where", choices=("auto", "cpu", "cuda", "mps"), once=True)
     compile: bool = option(False, "torch.compile the network", once=True)
     resume: bool = option(False, "continue the run in --out from its checkpoint", once=True)
-    dropout: float = option(0.1, "share of captions, and of words, hidden in training", low=0)
     ema: float = option(0.995, "decay of the averaged weights, which sample", low=0)
     checkpoint_every: int = option(500, "updates between checkpoints", low=1)
     log_every: int = option(10, "updates between lines of metrics.jsonl", low=1)
@@ -109,6 +109,9 @@ class Block(nn.Module):
 
 
 # <<< copied block
+
+
+# >>> copied autoencoder
 class Encoder(nn.Module):
     """x (B, C, H, W), c (B, E) -> mu, log sigma^2 (B, D)."""
 
@@ -118,7 +121,7 @@ class Encoder(nn.Module):
         self.stem = nn.Conv2d(4 * channels, w, 3, padding=1)
         self.fine, self.shrink = Block(w, e), nn.Conv2d(4 * w, 2 * w, 1)
         self.coarse = nn.ModuleList(Block(2 * w, e) for _ in range(2))
-        self.head = nn.Linear(2 * w * (side // 4) ** 2, 2 * latent)
+        self.head = nn.Linear(2 * w * (side // 4) ** 2 + e, 2 * latent)
 
     def forward(self, x, c):
         c = F.layer_norm(c, c.shape[1:])
@@ -126,7 +129,8 @@ class Encoder(nn.Module):
         h = self.shrink(F.pixel_unshuffle(h, 2))                               # (B, 2w, H/4, W/4)
         for block in self.coarse:
             h = block(h, c)
-        return self.head(F.silu(h).flatten(1)).float().chunk(2, dim=1)         # (B, D) each
+        h = torch.cat([F.silu(h).flatten(1), c], 1)
+        return self.head(h).float().chunk(2, dim=1)                            # (B, D) each
 
 
 class Decoder(nn.Module):
@@ -151,6 +155,8 @@ class Decoder(nn.Module):
         h = self.fine(F.pixel_shuffle(self.grow(h), 2), emb)                   # (B, w, H/2, W/2)
         return F.pixel_shuffle(self.head(F.silu(h)), 2).float()                # (B, C, H, W)
 
+
+# <<< copied autoencoder
 
 # ---------------------------------------------------------------------------------- the model
 
@@ -664,7 +670,8 @@ def main(argv=None):
     asked, typed = parse(argv)
     if not asked:
         return
-    out, run, kept = Path(typed.get("out", Config.out)), None, {}
+    typed.setdefault("out", f"runs/{typed.get('model', getattr(Config, 'model', NAME))}")
+    out, run, kept = Path(typed["out"]), None, {}
     path = out / "checkpoint.pt"
     if "train" in asked and path.exists() and "resume" not in typed:
         fail(f"{out} holds a run: --resume continues it, another --out starts one")

@@ -1,71 +1,72 @@
-"""Samples of the built-in digits: do they obey their text, are they varied, are they copies?
+"""Samples of any data with captions: do they obey their text, are they varied, are they copies?
 
-  python diffusion.py --sample --n 2000 --npz samples.npz
-  python -m bench.quality samples.npz [MORE.npz ...] [--out FILE.json]
+  python diffusion.py --sample --n 500 --npz samples.npz
+  python -m bench.quality samples.npz [MORE.npz ...] [--data FILE.npz] [--out FILE.json]
 
-prints one JSON line a file, after two for real images: the held-out ones, and 2,000 training images
-against the other 2,500, what a perfect model of as many samples would reach. The figures:
+prints one JSON line a file, after one for the held-out images, what a perfect model would reach,
+and two baselines that must fail: training images replayed (in nearest), one image a caption (in
+diversity).
 
-  digit, weight, slant   share of samples read as asked: the digit by a classifier trained on the
-                         training images alone, the other two by the captions' own formulas
-  coverage, density      Naeem et al. 2020, k = 5, against the training images, in the classifier's
-                         features: how many real images have a sample near, and the converse
-  nearest                median distance of a sample to its nearest training image, as a multiple of
-                         the same for held-out images; well under 1 are copies
+  agreement  share of samples read as asked, for each attribute, that is place in the caption where
+             all captions have as many words, else for the caption as a whole; beside it, shuffled:
+             the same for captions in another order. Read by a classifier trained on the training
+             images alone, weight and slant of the built-in digits by the captions' own formulas
+  FLD        Frechet distance of the classifier's features to the training images' (FID has other
+             features: never compare the two)
+  precision, recall   Kynkaanniemi et al. 2019; density, coverage: Naeem et al. 2020; k = 5
+  sharpness  mean absolute Laplacian over that of the training images; both sides of 1 are wrong
+  nearest    median distance of a sample to its nearest training image, in pixels, over the same
+             for held-out images; well under 1 are copies
+  diversity  mean distance of two samples of one caption, in features, over the training images'
+
+All depend on the number of samples: compare at equal n.
 """
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.linalg import sqrtm
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 import prior
+from bench.report import environment, write
 from diffusion import DIGITS, digit_attributes, load_data
+
+K = 5
 
 
 class Classifier(nn.Module):
-    """A small convolutional network: images in [0, 1], (B, 1, 28, 28) -> logits (B, 10)."""
+    """Images in [0, 1], (B, C, H, W) -> logits of all attributes side by side."""
 
-    def __init__(self):
+    def __init__(self, shape, n):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(shape[0], 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
             nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.Flatten(), nn.Linear(64 * 49, 128), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64 * (shape[1] // 4) * (shape[2] // 4), 128), nn.ReLU(),
         )  # fmt: skip
-        self.out = nn.Linear(128, 10)
+        self.out = nn.Linear(128, n)
 
     def forward(self, x):
         return self.out(self.features(x))
 
 
-def train_classifier(x, digits, steps=800, batch_size=128):
-    """A classifier of the images x, uint8 (N, 1, 28, 28), trained with shifts of up to 2 pixels."""
-    torch.manual_seed(0)
-    model = Classifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    padded = F.pad(x.float() / 255, (2, 2, 2, 2))
-    for k in range(steps):
-        seeds = prior.fold_in(prior.fold_in(0, k), torch.arange(batch_size))
-        index = (prior.uniform(seeds, ()) * len(x)).long()
-        down, right = (prior.uniform(seeds[:1], (2,), 1)[0] * 5).long().tolist()
-        logits = model(padded[index, :, down : down + 28, right : right + 28])
-        loss = F.cross_entropy(logits, digits[index], label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+def attributes(captions, n=None):
+    """Captions -> a list of columns, each the value of one attribute in each caption; n: of how
+    many words, if captions had n in training."""
+    rows = [caption.split() for caption in captions]
+    lengths = {len(row) for row in rows}
+    n = n or (lengths.pop() if len(lengths) == 1 else 1)
+    if n < 2:
+        return [list(captions)]
+    return [[row[i] if len(row) == n else "" for row in rows] for i in range(n)]
 
 
 def neighbours(reference, queries, k):
@@ -73,47 +74,147 @@ def neighbours(reference, queries, k):
     return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(reference).kneighbors(queries)[0]
 
 
-def density_and_coverage(real, fake, k=5):
-    """Of fake features (M, F) against real ones (N, F): Naeem et al. 2020."""
-    radius = neighbours(real, real, k + 1)[:, k]  # the first neighbour is the image itself
-    inside = torch.cdist(torch.as_tensor(real), torch.as_tensor(fake)).numpy() < radius[:, None]
-    return inside.sum() / (k * len(fake)), inside.any(1).mean()
-
-
-def digits_of(captions):
-    """The digit that each caption names: int64 (N,)."""
-    return torch.tensor([DIGITS.index(caption.split()[2]) for caption in captions])
-
-
-def medians(x, digits):
-    """Each digit's median ink and slant over all its images: the captions' thresholds."""
-    ink, slant = digit_attributes(x[:, 0].numpy() / 255)
-    by_digit = [digits.numpy() == d for d in range(10)]
-    return [np.array([np.median(a[mask]) for mask in by_digit]) for a in (ink, slant)]
-
-
-@torch.no_grad()
-def measure(classifier, thresholds, x_train, x_test, x, captions):
-    """The figures above for images x, uint8 (N, 1, 28, 28), drawn for captions."""
-    asked = [caption.split() for caption in captions]
-    digits = digits_of(captions).numpy()
-    ink, slant = digit_attributes(x[:, 0].numpy() / 255)
-    bold = np.array([words[0] == "bold" for words in asked])
-    slanted = np.array([words[1] == "slanted" for words in asked])
-    read = classifier(x.float() / 255).argmax(1).numpy()
-    real, fake = (classifier.features(a.float() / 255).numpy() for a in (x_train, x))
-    density, coverage = density_and_coverage(real, fake)
-    pixels_train, pixels_test, pixels = (a.flatten(1).numpy() / 255 for a in (x_train, x_test, x))
-    held_out = np.median(neighbours(pixels_train, pixels_test, 1))
+def manifold_figures(real, fake, k=K):
+    """precision, recall, density and coverage of fake features (M, F) against real ones (N, F)."""
+    k = min(k, len(real) - 1, len(fake) - 1)
+    distance = torch.cdist(torch.as_tensor(real), torch.as_tensor(fake)).numpy()
+    # the first neighbour is the image itself
+    real_radius, fake_radius = (neighbours(a, a, k + 1)[:, k] for a in (real, fake))
+    inside = distance < real_radius[:, None]
     return {
-        "n": len(x),
-        "digit": float((read == digits).mean()),
-        "weight": float(((ink > thresholds[0][digits]) == bold).mean()),
-        "slant": float(((slant > thresholds[1][digits]) == slanted).mean()),
-        "coverage": float(coverage),
-        "density": float(density),
-        "nearest": float(np.median(neighbours(pixels_train, pixels, 1)) / held_out),
+        "precision": inside.any(0).mean(),
+        "recall": (distance < fake_radius).any(1).mean(),
+        "density": inside.sum() / (k * len(fake)),
+        "coverage": inside.any(1).mean(),
     }
+
+
+def frechet_distance(a, b):
+    """Of the normals with the moments of features a (N, F) and b (M, F): Heusel et al. 2017."""
+    a, b = (np.asarray(v, float) for v in (a, b))
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cross = sqrtm(cov_a @ cov_b).real
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * cross)
+
+
+def sharpness(x):
+    """Mean absolute Laplacian of images, uint8 (N, C, H, W)."""
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
+    return F.conv2d(x.float().flatten(0, 1)[:, None] / 255, kernel).abs().mean().item()
+
+
+def diversity(features, captions):
+    """Mean distance between two images of one caption, over captions with two or more."""
+    groups = {}
+    for i, caption in enumerate(captions):
+        groups.setdefault(caption, []).append(i)
+    distances = [torch.pdist(features[rows]) for rows in groups.values() if len(rows) > 1]
+    return torch.cat(distances).mean().item() if distances else 0.0
+
+
+class Judge:
+    """What samples are held against: real images, and a classifier trained on them."""
+
+    def __init__(self, path="", steps=800, batch_size=128):
+        self.x, self.captions, self.x_test, self.captions_test = load_data(path)
+        self.digits = not path  # the built-in ones: attributes by formula
+        columns = attributes(self.captions)
+        self.values = [{v: i for i, v in enumerate(sorted(set(column)))} for column in columns]
+        torch.manual_seed(0)
+        self.classifier = Classifier(self.x.shape[1:], sum(map(len, self.values)))
+        optimizer = torch.optim.AdamW(self.classifier.parameters(), lr=2e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+        size, labels = self.x.shape[2], self.labels(self.captions)
+        padded = F.pad(self.x, (2, 2, 2, 2))
+        for k in range(steps):
+            seeds = prior.fold_in(prior.fold_in(0, k), torch.arange(batch_size))
+            i = (prior.uniform(seeds, ()) * len(self.x)).long()
+            down, right = (prior.uniform(seeds[:1], (2,), 1)[0] * 5).long().tolist()
+            x = padded[i, :, down : down + size, right : right + size] / 255
+            parts = self.classifier(x).split([len(values) for values in self.values], 1)
+            losses = [
+                F.cross_entropy(part, column[i], label_smoothing=0.1)
+                for part, column in zip(parts, labels)
+            ]
+            optimizer.zero_grad()
+            torch.stack(losses).mean().backward()
+            optimizer.step()
+            schedule.step()
+        self.classifier.eval().requires_grad_(False)
+        self.features, self.sharpness = self.embed(self.x), sharpness(self.x)
+        self.diversity = diversity(self.features, self.captions)
+        if self.digits:
+            every = torch.cat([self.x, self.x_test])
+            digit = np.array([c.split()[2] for c in self.captions + self.captions_test])
+            self.thresholds = {
+                name: [
+                    np.median(a[digit == name]) for a in digit_attributes(every[:, 0].numpy() / 255)
+                ]
+                for name in DIGITS
+            }
+        pixels = self.x.flatten(1).numpy() / 255
+        self.nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(pixels)
+        self.held_out = self.distance(self.x_test)
+
+    def labels(self, captions):
+        """The class of each attribute: int64 (N,) each, -1 where no training caption had it."""
+        return [
+            torch.tensor([values.get(v, -1) for v in column])
+            for values, column in zip(self.values, attributes(captions, len(self.values)))
+        ]
+
+    def embed(self, x):
+        """Features of uint8 images: (N, 128)."""
+        return torch.cat([self.classifier.features(part / 255) for part in x.split(500)])
+
+    def distance(self, x):
+        """Median distance in pixels to the nearest training image."""
+        return float(np.median(self.nearest.kneighbors(x.flatten(1).numpy() / 255)[0]))
+
+    def read(self, x, features, captions):
+        """Is each attribute read as asked? bool (N,) for each, under its name."""
+        parts = self.classifier.out(features).split([len(values) for values in self.values], 1)
+        right = [part.argmax(1) == asked for part, asked in zip(parts, self.labels(captions))]
+        if not self.digits:
+            names = ["text"] if len(right) == 1 else [f"word {i + 1}" for i in range(len(right))]
+            return dict(zip(names, right))
+        asked = [caption.split() for caption in captions]
+        a = digit_attributes(x[:, 0].numpy() / 255)
+        over = np.stack(a, 1) > np.array([self.thresholds[row[2]] for row in asked])
+        wanted = np.array([[row[0] == "bold", row[1] == "slanted"] for row in asked])
+        weight, slant = torch.from_numpy(over == wanted).unbind(1)
+        return {"digit": right[2], "weight": weight, "slant": slant}
+
+    def measure(self, x, captions):
+        """The figures above for images x, uint8 (N, C, H, W), drawn for captions."""
+        features = self.embed(x)
+        order = prior.uniform(torch.tensor([0]), (len(x),))[0].argsort().tolist()
+        shuffled = self.read(x, features, [captions[i] for i in order])
+        figures = {
+            "n": len(x),
+            "agreement": self.read(x, features, captions),
+            "shuffled": shuffled,
+            "fld": frechet_distance(self.features, features),
+            **manifold_figures(self.features.numpy(), features.numpy()),
+            "sharpness": sharpness(x) / self.sharpness,
+            "nearest": self.distance(x) / self.held_out,
+            "diversity": diversity(features, captions) / self.diversity,
+        }
+        for name in ("agreement", "shuffled"):
+            figures[name] = {key: v.float().mean().item() for key, v in figures[name].items()}
+        return {k: v if isinstance(v, (int, dict)) else float(v) for k, v in figures.items()}
+
+    def baselines(self, n):
+        """What real images are, and two ways to fail: name -> images, captions."""
+        one = {caption: i for i, caption in enumerate(self.captions)}
+        captions = [self.captions_test[i % len(self.captions_test)] for i in range(n)]
+        captions = [caption if caption in one else self.captions[0] for caption in captions]
+        replay = torch.arange(n) * len(self.x) // n
+        return {
+            "real, held out": (self.x_test[:n], self.captions_test[:n]),
+            "training images replayed": (self.x[replay], [self.captions[i] for i in replay]),
+            "one image a caption": (self.x[[one[caption] for caption in captions]], captions),
+        }
 
 
 def main(argv=None):
@@ -121,31 +222,26 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, help=".npz files that --sample --npz wrote")
+    parser.add_argument(
+        "--data", default="", help="the .npz they were trained on [built-in digits]"
+    )
     parser.add_argument("--out", type=Path, help="also write the figures, and where they are from")
     args = parser.parse_args(argv)
-    for path in args.files:
+    for path in [*args.files, *([Path(args.data)] if args.data else [])]:
         if not path.exists():
             parser.exit(2, f"bench.quality: error: there is no file {path}\n")
-    x, captions, x_test, captions_test = load_data("")
-    digits = digits_of(captions)
-    thresholds = medians(torch.cat([x, x_test]), torch.cat([digits, digits_of(captions_test)]))
-    classifier = train_classifier(x, digits)
-    order = torch.arange(len(x)) % 9
-    some, rest = order < 4, order >= 4
-    texts = [caption for caption, taken in zip(captions, some) if taken]
-    sets = [("real, held out", x, x_test, captions_test), ("real, 2,000", x[rest], x[some], texts)]
+    judge, sets = Judge(args.data), {}
     for path in args.files:
         with np.load(path, allow_pickle=False) as npz:
-            samples = torch.from_numpy(npz["x"]).permute(0, 3, 1, 2)
-            sets.append((path.stem, x, samples, npz["y"].tolist()))
-    rows = []
-    for name, reference, samples, texts in sets:
-        figures = measure(classifier, thresholds, reference, x_test, samples, texts)
-        rows.append({"images": name, **figures})
-        print(json.dumps(rows[-1]), flush=True)
+            x = npz["x"]
+            x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2)
+            sets[path.stem] = (x, [str(text) for text in npz["y"]])
+    rows = {}
+    for name, (x, captions) in (judge.baselines(500) | sets).items():
+        rows[name] = judge.measure(x, captions)
+        print(json.dumps({"images": name, **rows[name]}), flush=True)
     if args.out:
-        where = f"{os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__}"
-        args.out.write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
+        write(args.out, {**environment(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,29 +1,158 @@
-"""Writes the README's table from bench/results: `python -m bench.report`."""
+"""Tables and pictures from result files: `python -m bench.report` rewrites the README's."""
 
 import json
+import os
+import platform
 import re
+import subprocess
 from pathlib import Path
 
+import numpy as np
+import torch
+
 ROOT = Path(__file__).parent.parent
-TABLE = re.compile(r"(<!-- quality -->\n).*?(<!-- end -->)", re.S)
-COLUMNS = ["images", "n", "digit", "weight", "slant", "coverage", "density", "nearest"]
+RESULTS = ROOT / "bench/results"
 
 
-def quality_table(results):
-    """A Markdown table of the rows that bench.quality wrote, and where they were measured."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for row in results["rows"]:
-        shares = [f"{100 * row[name]:.1f}%" for name in ("digit", "weight", "slant")]
-        others = [f"{row[name]:.2f}" for name in ("coverage", "density", "nearest")]
-        lines.append("| " + " | ".join([row["images"], str(row["n"]), *shares, *others]) + " |")
-    return "\n".join([*lines, "", f"Measured on {results['where']}, one training seed.", ""])
+def environment():
+    """Where figures are from."""
+    device = f"{os.cpu_count()} cores of {platform.machine()}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    return {"device": device, "python": platform.python_version(), "commit": commit, **versions}
+
+
+def write(path, data):
+    """Writes JSON whole or not at all."""
+    path.with_suffix(".tmp").write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def read(path):
+    """A result file, or {} where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def table(head, rows):
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def number(value, digits=2):
+    """A figure, with its spread where it has one; a dash where there is none."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def percent(value):
+    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}%"
+
+
+def quality_table(folder):
+    """What the samples are like, a row a model, beside the real images and the baselines."""
+    rows = read(folder / "quality.json").get("rows", {})
+    names = sorted({name for row in rows.values() for name in row["agreement"]})
+    names = [n for n in ("digit", "weight", "slant") if n in names] or names
+    others = "fld precision recall density coverage sharpness nearest diversity".split()
+    body = []
+    for name, row in rows.items():
+        cells = [percent(row["agreement"][n]) for n in names]
+        cells += [number(row[n], 1 if n == "fld" else 2) for n in others]
+        bits = row.get("bits_per_dim")
+        body.append([name, *cells, number(bits and bits["bits_per_dim"])])
+    return table(["images", *names, "FLD", *others[1:], "bits/dim"], body)
+
+
+def speed_table(folder):
+    """How fast each sampler is, a row a sampler and mode."""
+    head = ["sampler", "mode", "evaluations", "images/s", "latency (ms)", "GFLOP/image"]
+    head += ["share of ceiling", "parameters (M)"]
+    body = []
+    for result in read(folder / "throughput.json").get("rows", {}).values():
+        for row in result["sampling"]:
+            rate = row["images_per_s"]
+            cells = [row["name"], f"{row['mode']}, {row['dtype']}", str(row["evaluations"])]
+            cells += [number(rate, 0 if rate >= 10 else 2), number(1000 * row["latency"], 1)]
+            cells += [number(row.get("gflops_per_image"), 3)]
+            share = row.get("share_of_ceiling")
+            cells += [f"{100 * share:.0f}%" if share else "-", number(row["parameters"] / 1e6)]
+            body.append(cells)
+    return table(head, body)
+
+
+def training_table(folder):
+    """What training took: images/s of the script's own step, times its number of updates."""
+    body = []
+    for name, result in read(folder / "throughput.json").get("rows", {}).items():
+        row = result["training"]
+        steps = f"{row['train_steps']} x {row['batch_size']}"
+        body.append([name, steps, number(row["images_per_s"], 0), f"{row['training_seconds']:.0f}"])
+    return table(["model", "updates x batch", "images/s", "seconds"], body)
+
+
+def claims_table(folder):
+    """The textbook's claims, what was measured, and whether that bears them out."""
+    rows = read(folder / "claims.json").get("rows", {}).values()
+    body = [[row["claim"], row["measured"], row["verdict"]] for row in rows]
+    return table(["claim", "measured", "borne out?"], body)
+
+
+TABLES = {
+    "quality": quality_table, "speed": speed_table,
+    "training": training_table, "claims": claims_table,
+}  # fmt: skip
+
+
+def where(folder):
+    """A line on where the figures are from."""
+    result = read(folder / "quality.json") or read(folder / "throughput.json")
+    return f"Measured on {result['device']}, torch {result['torch']}, commit {result['commit']}."
 
 
 def readme():
     """The README as its result files want it."""
-    results = json.loads((ROOT / "bench/results/quality.json").read_text())
     text = (ROOT / "README.md").read_text()
-    return TABLE.sub(lambda match: match[1] + quality_table(results) + match[2], text)
+    for name, make in TABLES.items():
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+        fresh = f"{make(RESULTS)}\n\n{where(RESULTS)}\n"
+        text = block.sub(lambda match, fresh=fresh: match[1] + fresh + match[2], text)
+    return text
+
+
+def plot_quality_against_speed(folder):
+    """One point a model, diffusion as a curve over its steps: Frechet distance, images/s."""
+    from matplotlib.figure import Figure
+
+    quality = read(folder / "quality.json")["rows"]
+    speed = {
+        row["name"]: row["images_per_s"]
+        for result in read(folder / "throughput.json")["rows"].values()
+        for row in result["sampling"]
+        if row["mode"] == "eager"
+    }
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    points = {n: (speed[n], quality[n]["fld"]["mean"]) for n in quality if n in speed}
+    curve = [points[n] for n in points if n.startswith("diffusion dpm")]
+    if curve:
+        axes.plot(*zip(*sorted(curve)), color="tab:gray", zorder=1)
+    for name, (x, y) in points.items():
+        axes.scatter(x, y, color="tab:gray" if name.startswith("diffusion ") else "tab:blue")
+        axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    real = quality.get("real, held out")
+    if real:
+        axes.axhline(real["fld"]["mean"], linestyle=":", color="black", linewidth=1)
+        axes.text(axes.get_xlim()[0], real["fld"]["mean"], " real images", va="bottom", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FLD (lower is better)")
+    figure.savefig(folder / "quality_speed.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of all scripts share: the scripts, tiny data and the smallest flags of each."""
+"""What the tests share: the scripts, tiny data and the smallest flags of each model."""
 
 import importlib
 import os
@@ -9,18 +9,34 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {
+HYBRID = ["--width", "32", "--embedding", "16", "--latent", "4", "--couplings", "3"]
+FLAGS = {
     "diffusion": ["--width", "8", "--embedding", "16", "--steps", "2"],
     "vae": ["--width", "8", "--embedding", "16", "--latent", "4"],
     "gan": ["--width", "8", "--embedding", "16", "--latent", "4"],
+    "flow": ["--width", "16", "--embedding", "16", "--couplings", "3"],
+    "vae-gan": ["--model", "vae-gan", *HYBRID],
+    "flow-gan": ["--model", "flow-gan", *HYBRID],
+    "diffusion-gan": ["--model", "diffusion-gan", *HYBRID],
 }
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    """Each of the five scripts in turn, as a module."""
-    return importlib.import_module(request.param)
+def script_of(model):
+    """The name of the script that has the model."""
+    return "hybrids" if "-" in model else model
+
+
+@pytest.fixture(params=FLAGS)
+def model(request):
+    """Each model's name in turn."""
+    return request.param
+
+
+@pytest.fixture
+def script(model):
+    """The model's script, as a module."""
+    return importlib.import_module(script_of(model))
 
 
 @pytest.fixture
@@ -37,11 +53,11 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def run(script, data, tmp_path):
+def run(model, script, data, tmp_path):
     """run("--train", ...) calls the script's main with tiny flags, in tmp_path / "run"."""
 
     def call(*argv):
-        tiny = [*SCRIPTS[script.NAME], "--data", data, "--batch-size", "8"]
+        tiny = [*FLAGS[model], "--data", data, "--batch-size", "8"]
         options = ["--out", tmp_path / "run", "--device", "cpu", *tiny]
         # what the test gives comes last and wins
         return script.main([str(a) for a in [*options, *argv]])

@@ -1,6 +1,5 @@
 """Runs: training learns, resumes to the bit, survives signals, shares its batch among ranks."""
 
-import importlib
 import json
 import os
 import signal
@@ -10,12 +9,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS
+from conftest import FLAGS, ROOT, script_of
 
 import prior
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
-FLAGS = ["--train", "--train-steps", "7", "--checkpoint-every", "2", "--log-every", "3"]
+TRAIN = ["--train", "--train-steps", "7", "--checkpoint-every", "2", "--log-every", "3"]
 
 # dies by SIGKILL at a moment: in an update, half-way through the second checkpoint's file,
 # before its rename, or after it
@@ -76,12 +75,12 @@ def assert_same_run(folder, other):
     assert (folder / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
 
 
-def test_resume_after_sigkill_is_bit_equal(script, run, data, tmp_path):
-    run(*FLAGS, "--out", tmp_path / "whole")
-    tiny = [*SCRIPTS[script.NAME], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
+def test_resume_after_sigkill_is_bit_equal(model, script, run, data, tmp_path):
+    run(*TRAIN, "--out", tmp_path / "whole")
+    tiny = [*FLAGS[model], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
     killed = {}
     for moment in ("update", "half", "before", "after"):
-        argv = [moment, *tiny, *FLAGS, "--out", str(tmp_path / moment)]
+        argv = [moment, *tiny, *TRAIN, "--out", str(tmp_path / moment)]
         code = DRIVER.format(name=script.NAME)
         killed[moment] = subprocess.Popen(
             [sys.executable, "-c", code, *argv], cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL
@@ -89,15 +88,15 @@ def test_resume_after_sigkill_is_bit_equal(script, run, data, tmp_path):
     for moment, process in killed.items():
         assert process.wait() == -signal.SIGKILL
         assert checkpoint(tmp_path / moment)["k"] == (4 if moment in ("after", "update") else 2)
-        run(*FLAGS, "--out", tmp_path / moment, "--resume")
+        run(*TRAIN, "--out", tmp_path / moment, "--resume")
         assert_same_run(tmp_path / moment, tmp_path / "whole")
 
 
-def test_sigterm_leaves_a_checkpoint_that_resumes_to_the_same_end(script, run, data, tmp_path):
+def test_sigterm_leaves_a_checkpoint_that_resumes_to_the_same_end(model, run, data, tmp_path):
     flags = ["--train", "--train-steps", "400", "--log-every", "5", "--checkpoint-every", "1000"]
-    tiny = [*SCRIPTS[script.NAME], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
+    tiny = [*FLAGS[model], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, f"{script.NAME}.py", *tiny, *flags, "--out", str(tmp_path / "cut")],
+        [sys.executable, f"{script_of(model)}.py", *tiny, *flags, "--out", str(tmp_path / "cut")],
         cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     # a first line can only be there once the loop runs: it is written with the checkpoint
@@ -133,11 +132,10 @@ if script.RANK == 0:
 """
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_two_ranks_give_one_process_gradients(name, data, tmp_path):
+def test_two_ranks_give_one_process_gradients(model, data, tmp_path):
     driver = tmp_path / "driver.py"
-    driver.write_text(RANKS.format(name=name))
-    tiny = [*SCRIPTS[name], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
+    driver.write_text(RANKS.format(name=script_of(model)))
+    tiny = [*FLAGS[model], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     grads, runs = {}, {}
     for ranks, launch in ((1, []), (2, launcher)):
@@ -162,26 +160,26 @@ def test_two_ranks_give_one_process_gradients(name, data, tmp_path):
     assert checkpoint(tmp_path / "1")["k"] == checkpoint(tmp_path / "2")["k"] == 3
 
 
-def test_training_overfits_one_batch_and_the_caption_matters(script, data):
+def test_training_overfits_one_batch_and_the_caption_matters(model, script, data):
     module = script
     x, captions, _, _ = module.load_data(str(data))
     x, words = x[:4] / 127.5 - 1, module.to_words(captions[:4], ["bright", "dark", "left", "right"])
-    argv = dict(zip(SCRIPTS[module.NAME][::2], SCRIPTS[module.NAME][1::2]))
-    options = {key[2:].replace("-", "_"): int(value) for key, value in argv.items()}
+    argv = dict(zip(FLAGS[model][::2], FLAGS[model][1::2]))
+    options = {key[2:]: int(value) if value.isdigit() else value for key, value in argv.items()}
     cfg = module.Config(**options, train_steps=300, dropout=0.0, lr=1e-2)
     torch.manual_seed(0)
-    model = module.build(cfg, x.shape[1:], 4)
-    optimizers = module.make_optimizers(model, cfg)
+    network = module.build(cfg, x.shape[1:], 4)
+    optimizers = module.make_optimizers(network, cfg)
     for optimizer in optimizers:
         optimizer.found_inf = torch.zeros(())
-    ema = module.copy.deepcopy(model).requires_grad_(False)
+    ema = module.copy.deepcopy(network).requires_grad_(False)
     losses = []
     for k in range(cfg.train_steps):
         seeds = prior.fold_in(prior.fold_in(0, k), torch.arange(4))
-        losses.append(module.step(model, ema, optimizers, x, words, seeds, k, cfg)["loss"].item())
-    if script.NAME != "gan":  # its loss is a game: it need not fall
+        losses.append(module.step(network, ema, optimizers, x, words, seeds, k, cfg)["loss"].item())
+    if "gan" not in model:  # its loss is a game: it need not fall
         assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
-    z = prior.normal(torch.tensor([7]), model.latent_shape)
+    z = prior.normal(torch.tensor([7]), network.latent_shape)
     seeds = torch.tensor([7])
     with torch.no_grad():
         left, right = (
@@ -230,11 +228,6 @@ def test_the_run_folder(script, run, capsys):
     )
     run("--train", "--resume", "--train-steps", "6")
     assert checkpoint(run.out)["k"] == 6
-
-
-def test_the_modules_are_importable_by_name():
-    for name in SCRIPTS:
-        assert importlib.import_module(name).NAME == name
 
 
 def test_update_is_a_no_op_from_the_first_infinity_on(script):

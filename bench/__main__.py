@@ -1,0 +1,232 @@
+"""One fair comparison of all models: what is fast, what is good, what is true.
+
+  python -m bench --quick          in minutes on a CPU: trains each model for a short, equal time
+  python -m bench                  on the runs in runs/, which it trains where there are none
+
+writes throughput.json, quality.json, claims.json, quality_speed.png and samples.png into --out, row
+by row: an interrupted call goes on where it stopped, rows that are there are not measured again.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench import claims, models, report
+from bench.quality import Judge
+from diffusion import grid
+
+SEEDS = (0, 1, 2)
+QUICK_SECONDS = 40  # of training, for each model
+
+
+class Rows:
+    """The rows of a result file by name, written after each."""
+
+    def __init__(self, path, progress):
+        self.path, self.progress = path, progress
+        self.data = report.read(path) or {**report.environment(), "rows": {}}
+
+    def add(self, name, measure):
+        """Puts measure() under name, unless it is there."""
+        if name not in self.data["rows"]:
+            self.progress(f"{self.path.stem}: {name}")
+            self.data["rows"][name] = measure()
+            report.write(self.path, self.data)
+        return self.data["rows"][name]
+
+
+def time_alone(name, device, quick):
+    """bench.throughput in a process of its own, whose peak memory is the model's."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.json")
+        call = [sys.executable, "-m", "bench.throughput", name, "--device", device]
+        call += ["--out", str(path), *(["--quick"] if quick else [])]
+        subprocess.run(call, cwd=report.ROOT, check=True, stdout=subprocess.DEVNULL)
+        return report.read(path)
+
+
+def train_all(names, folder, quick, speed, progress):
+    """Trains what has not been trained; in a quick call for equal seconds, as measured."""
+    for name in names:
+        row = speed[name]["training"]
+        steps = row["train_steps"]
+        if quick:
+            steps = min(steps, max(20, int(QUICK_SECONDS / row["seconds"])))
+        out = folder / name
+        if (
+            not (out / "checkpoint.pt").exists()
+            or models.script(name).load(out / "checkpoint.pt")["k"] < steps
+        ):
+            progress(f"training: {name}, {steps} updates")
+            models.train(name, out, "--train-steps", str(steps), "--n", "4")
+
+
+def score(judge, draw):
+    """Mean and spread of the judge's figures over the sampling seeds; draw(seed) gives images and
+    their captions."""
+    results = [judge.measure(*draw(seed)) for seed in SEEDS]
+    row = {"n": results[0]["n"], "seeds": list(SEEDS)}
+    for key, value in results[0].items():
+        if isinstance(value, dict):
+            row[key] = {k: models.spread([r[key][k] for r in results]) for k in value}
+        elif key != "n":
+            row[key] = models.spread([r[key] for r in results])
+    return row
+
+
+def bits_per_dim(name, model, run, judge, n):
+    """What bits_per_dim says of held-out images, and what kind of statement that is."""
+    kinds = {"vae": "IWAE bound", "flow": "dequantized bound", "flow-gan": "dequantized bound"}
+    kinds |= {"diffusion": "ODE estimate", "autoregressive": "exact"}
+    if name not in kinds:
+        return None
+    words = models.script(name).to_words(judge.captions_test[:n], run["vocabulary"])
+    values = []
+    for i in torch.arange(n).split(50):
+        x = judge.x_test[i].to(model.device) / 127.5 - 1
+        c, seeds = model.embed(words[i].to(model.device)), i.to(model.device)
+        values += model.bits_per_dim(x, c, seeds).tolist()
+    spread = models.spread(values)
+    error = spread["std"] / n**0.5
+    return {"bits_per_dim": spread["mean"], "standard_error": error, "n": n, "kind": kinds[name]}
+
+
+def quality(rows, judge, names, folder, quick, device):
+    """All rows of quality.json."""
+    n = 200 if quick else 500
+    for name, (x, captions) in judge.baselines(n).items():
+        rows.add(name, partial(score, judge, lambda seed, x=x, captions=captions: (x, captions)))
+    pixels = claims.independent_pixels(judge, n)
+    rows.add("independent pixels", partial(score, judge, lambda seed: pixels))
+    captions = models.cycle(judge.captions_test, n)
+    for name in names:
+        model, run = models.load(name, folder / name, device)
+        variants = {name: {}}
+        if name == "diffusion":
+            for steps in (20, 4) if quick else (50, 20, 10, 4, 1):
+                variants[f"diffusion dpm, {steps}"] = {"steps": steps, "guidance": 1.0}
+        texts = captions[:40] if name == "autoregressive" and quick else captions
+
+        def measure(options, name=name, model=model, run=run, texts=texts):
+            def draw(seed):
+                return models.samples(name, model, run, texts, seed, **options), texts
+
+            row = {**score(judge, draw), "updates": run["k"], "bits_per_dim": None}
+            if not options:
+                row["bits_per_dim"] = bits_per_dim(name, model, run, judge, 50 if quick else 500)
+            return row
+
+        for label, options in variants.items():
+            rows.add(label, partial(measure, options))
+
+
+def picture(judge, names, folder, out, device):
+    """samples.png: a row of samples a model, under the same captions."""
+    captions = judge.captions_test[:10]
+    columns = [(caption, []) for caption in captions]
+    for name in names:
+        model, run = models.load(name, folder / name, device)
+        for (_, images), x in zip(columns, models.samples(name, model, run, captions, 0)):
+            images.append(x)
+    columns = [(caption, torch.stack(images)) for caption, images in columns]
+    grid(out / "samples.png", columns, names)
+
+
+def all_claims(rows, judge, quality, speed, names, folder, device):
+    """All rows of claims.json."""
+    rates = {
+        row["name"]: row["images_per_s"]
+        for result in speed.values()
+        for row in result["sampling"]
+        if row["mode"] == "eager"
+    }
+    rows.add("independent pixels", lambda: claims.pixels_are_dependent(quality))
+    rows.add("many right images", lambda: claims.many_right_images(quality))
+    if "autoregressive" in names:
+        rows.add("autoregression", lambda: claims.autoregression_is_slow(rates))
+    rows.add("blurry", lambda: claims.vae_is_blurry(quality))
+    for name in ("vae", "flow", "diffusion"):
+        model, run = models.load(name, folder / name, device)
+        if name == "flow":
+            rows.add("exact", partial(claims.flow_is_exact, model, run, judge))
+        rows.add(f"code, {name}", partial(claims.code_is_normal, name, model, run, judge))
+    rows.add("diffusion", lambda: claims.diffusion_is_best_and_slow(quality, rates))
+    rows.add("critic", lambda: claims.critic_ends_at_a_half(folder / "gan"))
+    rows.add("hybrids", lambda: claims.hybrids_combine(quality))
+    for name in ("vae", "gan"):
+        model, run = models.load(name, folder / name, device)
+        rows.add(f"smooth, {name}", partial(claims.paths_are_smooth, name, model, run, judge))
+    for function in (
+        claims.analytic_kl,
+        claims.gradient_variance,
+        claims.normal_against_uniform,
+        claims.normal_sums,
+    ):
+        rows.add(function.__name__, function)
+
+
+def stability(judge, folder, device):
+    """Coverage of short GAN runs, with and without penalties, by training seed."""
+    coverage = {}
+    for label, gamma in (("with penalties", 1), ("without", 0)):
+        coverage[label] = []
+        for seed in SEEDS:
+            out = folder / f"gan-gamma-{gamma}-seed-{seed}"
+            flags = {"--train-steps": 300, "--gamma": gamma, "--seed": seed, "--n": 4}
+            models.train("gan", out, *(str(v) for flag in flags.items() for v in flag))
+            model, run = models.load("gan", out, device)
+            captions = models.cycle(judge.captions_test, 500)
+            x = models.samples("gan", model, run, captions, 0)
+            coverage[label].append(judge.measure(x, captions)["coverage"])
+    return claims.gan_is_unstable(coverage)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="minutes; says what it skips")
+    parser.add_argument("--out", type=Path, help="[bench/results, or runs/quick/results]")
+    parser.add_argument("--runs", type=Path, help="folder of the runs [runs, or runs/quick]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    folder = args.runs or Path("runs/quick" if args.quick else "runs")
+    out = args.out or (folder / "results" if args.quick else report.RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    start, names = time.time(), list(models.SCRIPTS)
+
+    def progress(text):
+        print(f"[{time.time() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+    device = torch.device(args.device)
+    if args.quick:
+        progress("skipped: compiled samplers, ddpm with 1000 steps, training to the end,")
+        progress("         and the claim on the stability of GANs")
+        progress("reduced: 200 samples a seed, 40 of the autoregressive model")
+    speed = Rows(out / "throughput.json", progress)
+    for name in names:
+        speed.add(name, partial(time_alone, name, args.device, args.quick))
+    train_all(names, folder, args.quick, speed.data["rows"], progress)
+    progress("judge: a classifier of real images")
+    judge = Judge()
+    rows = Rows(out / "quality.json", progress)
+    quality(rows, judge, names, folder, args.quick, device)
+    picture(judge, names, folder, out, device)
+    report.plot_quality_against_speed(out)
+    truth = Rows(out / "claims.json", progress)
+    all_claims(truth, judge, rows.data["rows"], speed.data["rows"], names, folder, device)
+    if not args.quick:
+        truth.add("stability", partial(stability, judge, folder, device))
+    for name, make in report.TABLES.items():
+        print(f"\n{name}\n\n{make(out)}")
+    progress(f"done: {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""What textbooks say of these models, each statement beside a measurement that may refute it.
+
+Each function below takes what was measured or trained and returns the claim, the figures behind the
+verdict, one line that tells them, and the verdict, which is computed from the figures: "yes", "no",
+or "in part". `python -m bench` calls them all.
+"""
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+import prior
+from bench import models
+from diffusion import to_words
+
+
+def row(claim, measured, verdict, **figures):
+    if isinstance(verdict, (bool, np.bool_)):
+        verdict = "yes" if verdict else "no"
+    return {"claim": claim, "measured": measured, "verdict": verdict, "figures": figures}
+
+
+# ------------------------------------------------------------------- of the latent, without data
+
+
+def normal_sums():
+    """The central-limit argument: sums of independent factors tend to a normal."""
+    seeds = torch.arange(200_000)
+    u = (prior.uniform(seeds, (32,)) - 0.5) * 12**0.5
+    distance = {
+        n: float(stats.kstest((u[:, :n].sum(1) / n**0.5).double().numpy(), "norm").statistic)
+        for n in (1, 2, 4, 8, 16, 32)
+    }
+    line = ", ".join(f"{n}: {d:.4f}" for n, d in distance.items())
+    claim = "sums of many independent factors tend to a normal (why nature's codes may be normal)"
+    falling = all(distance[a] > distance[b] for a, b in ((1, 2), (2, 4), (4, 8)))
+    verdict = falling and distance[32] < 0.005
+    return row(claim, f"Kolmogorov-Smirnov distance of n uniform ones' sum: {line}", verdict,
+               distance=distance)  # fmt: skip
+
+
+def normal_against_uniform():
+    """Mixing two draws of a normal prior gives a draw of it; of a uniform one it does not."""
+    seeds, share = torch.arange(200_000), {}
+    z = prior.normal(seeds, (2,)).double()
+    u = (prior.uniform(seeds, (2,), 1).double() - 0.5) * 12**0.5
+    for name, v, cdf in (
+        ("normal", z, "norm"),
+        ("uniform", u, stats.uniform(-(3**0.5), 12**0.5).cdf),
+    ):
+        mixed = (v[:, 0] + v[:, 1]) / 2**0.5
+        share[name] = float(stats.kstest(mixed.numpy(), cdf).statistic)
+    line = f"distance of (z0 + z1) / sqrt(2) to its prior: normal {share['normal']:.4f}, "
+    line += f"uniform {share['uniform']:.4f}"
+    verdict = share["normal"] < 0.005 < 0.05 < share["uniform"]
+    return row("a normal prior stays itself under rotations and mixing, a uniform one does not",
+               line, verdict, **share)  # fmt: skip
+
+
+def analytic_kl():
+    """The closed form against its Monte Carlo estimate: same mean, no variance, less time."""
+    seeds = torch.arange(2000)
+    mu, log_var = (
+        0.7 * prior.normal(seeds[:1], (64,))[0],
+        -prior.normal(seeds[:1], (64,), 1)[0].abs(),
+    )
+    exact = prior.kl(mu, log_var).sum().item()
+    eps = prior.normal(seeds, (64,), 2)
+    z = prior.reparameterize(mu.expand_as(eps), log_var.expand_as(eps), eps)
+    estimates = (prior.log_prob(eps) - 0.5 * log_var.sum() - prior.log_prob(z)).double()
+    error = (estimates.std() / len(estimates) ** 0.5).item()
+    times = []
+    for call in (
+        lambda: prior.kl(mu, log_var).sum(),
+        lambda: prior.log_prob(eps) - prior.log_prob(z),
+    ):
+        call()
+        start = time.perf_counter()
+        for _ in range(100):
+            call()
+        times.append((time.perf_counter() - start) / 100)
+    agree = abs(estimates.mean().item() - exact) < 4 * error
+    line = f"closed form {exact:.3f} nats; 2,000 draws {estimates.mean():.3f} ± {error:.3f}, "
+    line += (
+        f"one draw scatters by {estimates.std():.2f}; 2,000 draws take {times[1] / times[0]:.0f} "
+    )
+    line += "times as long"
+    return row("the KL to N(0, I) has a closed form, exact and free of noise", line, agree,
+               exact=exact, mean=estimates.mean().item(), standard_error=error,
+               scatter=estimates.std().item(), seconds=times)  # fmt: skip
+
+
+def gradient_variance():
+    """d/dmu E f(z), f(z) = |z - 1|^2, by reparameterization and by the score function."""
+    n, d = 20_000, 16
+    eps = prior.normal(torch.arange(n), (d,)).double()
+    z = 0.5 + eps  # mu = 0.5, sigma = 1: the truth is 2 (mu - 1) = -1
+    f = (z - 1).square().sum(1, keepdim=True)
+    path, score = 2 * (z - 1), f * eps
+    figures = {name: (g.mean().item(), g.var(0).mean().item()) for name, g in
+               (("reparameterized", path), ("score function", score))}  # fmt: skip
+    ratio = figures["score function"][1] / figures["reparameterized"][1]
+    right = all(abs(mean + 1) < 0.1 for mean, _ in figures.values())
+    line = f"both have the right mean; the score function's variance is {ratio:.0f} times as large"
+    claim = "reparameterization carries gradients with little variance"
+    return row(claim, line, right and ratio > 5, **figures)
+
+
+# --------------------------------------------------------------------------- of data and samples
+
+
+def independent_pixels(judge, n):
+    """Each pixel drawn from its caption's marginal, independently of the others."""
+    captions = models.cycle(judge.captions_test, n)
+    rows = {caption: [] for caption in captions}
+    for i, caption in enumerate(judge.captions):
+        if caption in rows:
+            rows[caption].append(i)
+    pick = prior.uniform(prior.fold_in(7, torch.arange(n)), tuple(judge.x.shape[1:]))
+    images = []
+    for u, caption in zip(pick, captions):
+        pool = judge.x[rows[caption] or slice(None)]
+        images.append(pool.gather(0, (u * len(pool)).long()[None])[0])
+    return torch.stack(images), captions
+
+
+def pixels_are_dependent(quality):
+    pixels, real = (quality[name] for name in ("independent pixels", "real, held out"))
+    line = (
+        f"drawn pixel by pixel: FLD {pixels['fld']['mean']:.0f} against {real['fld']['mean']:.0f} "
+    )
+    line += f"for real images, sharpness {pixels['sharpness']['mean']:.1f}"
+    verdict = pixels["fld"]["mean"] > 3 * real["fld"]["mean"]
+    return row("pixels must not be drawn independently", line, verdict)
+
+
+def many_right_images(quality):
+    one = quality["one image a caption"]
+    best = max(
+        (n for n in quality if n in models.SCRIPTS), key=lambda n: quality[n]["diversity"]["mean"]
+    )
+    line = (
+        f"one image a caption covers {100 * one['coverage']['mean']:.0f}% of the training images, "
+    )
+    line += f"real ones {100 * quality['real, held out']['coverage']['mean']:.0f}%; {best} has "
+    line += f"{quality[best]['diversity']['mean']:.2f} of the real diversity within a caption"
+    verdict = one["coverage"]["mean"] < 0.5 * quality["real, held out"]["coverage"]["mean"]
+    return row("a text has many right images, so the answer is a distribution", line, verdict)
+
+
+def autoregression_is_slow(speed):
+    rates = {
+        name: speed[name] for name in ("autoregressive", "vae", "flow", "gan") if name in speed
+    }
+    line = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()) + " images/s"
+    slowest = min(rate for name, rate in rates.items() if name != "autoregressive")
+    return row("pixel by pixel is far too slow", line, slowest > 10 * rates["autoregressive"])
+
+
+def vae_is_blurry(quality):
+    sharp = {
+        name: quality[name]["sharpness"]["mean"]
+        for name in ("vae", "gan", "flow")
+        if name in quality
+    }
+    line = "Laplacian over real images': " + ", ".join(f"{k} {v:.2f}" for k, v in sharp.items())
+    others = [value for name, value in sharp.items() if name != "vae"]
+    return row("VAE samples are blurry", line, sharp["vae"] < 0.85 * min(others))
+
+
+def diffusion_is_best_and_slow(quality, speed):
+    named = [name for name in quality if name in models.SCRIPTS and name != "autoregressive"]
+    best = min(named, key=lambda name: quality[name]["fld"]["mean"])
+    curve = {name: (quality[name]["fld"]["mean"], speed[name]) for name in quality
+             if name.startswith("diffusion dpm") and name in speed}  # fmt: skip
+    line = f"lowest FLD: {best}; " + "; ".join(
+        f"{name.removeprefix('diffusion dpm, ')} steps FLD {fld:.0f} at {rate:.3g} images/s"
+        for name, (fld, rate) in curve.items()
+    )
+    slow = speed["diffusion dpm, 20"] < 0.2 * speed["vae"]
+    verdict = "yes" if best == "diffusion" and slow else "in part" if slow else "no"
+    return row("diffusion has the best quality, and is slow", line, verdict)
+
+
+def critic_ends_at_a_half(folder):
+    rows = [json.loads(line) for line in open(Path(folder, "metrics.jsonl"))]
+    training, held_out = rows[-1]["sign_rate"], rows[-1]["held_out_sign_rate"]
+    line = (
+        f"D ranks real above generated in {100 * training:.0f}% of pairs at the end of training, "
+    )
+    line += f"{100 * held_out:.0f}% on held-out images"
+    return row("a GAN's discriminator ends near 1/2", line, abs(held_out - 0.5) < 0.1)
+
+
+def gan_is_unstable(results):
+    """results: coverage of short runs, {"with penalties": [...], "without": [...]}, by seed."""
+    line = "; ".join(
+        f"{name}: coverage " + ", ".join(f"{value:.2f}" for value in values) + " (by training seed)"
+        for name, values in results.items()
+    )
+    collapsed = np.mean(results["without"]) < 0.5 * np.mean(results["with penalties"])
+    return row("a GAN's training is unstable and prone to collapse; gradient penalties help",
+               line, bool(collapsed), **results)  # fmt: skip
+
+
+def hybrids_combine(quality):
+    pairs, lines, better = (
+        (("vae-gan", "vae"), ("flow-gan", "flow"), ("diffusion-gan", "diffusion dpm, 4")),
+        [],
+        [],
+    )
+    for hybrid, base in pairs:
+        if hybrid in quality and base in quality:
+            a, b = (quality[name]["fld"]["mean"] for name in (hybrid, base))
+            lines.append(f"FLD {hybrid} {a:.0f}, {base} {b:.0f}")
+            better.append(a < b)
+    verdict = "yes" if all(better) else "in part" if any(better) else "no"
+    return row("hybrids combine strengths", "; ".join(lines), verdict)
+
+
+# ------------------------------------------------------------------------------ of trained models
+
+
+def code_is_normal(name, model, run, judge, n=500):
+    """Encodings of held-out images: is what the encoder finds N(0, I)?"""
+    z = models.encodings(model, run, judge.x_test[:n], judge.captions_test[:n]).flatten(1).double()
+    d = z.shape[1]
+    figures = {
+        "mean of |mean|": z.mean(0).abs().mean().item(),
+        "mean of std": z.std(0).mean().item(),
+        "|z| / sqrt(D)": (z.norm(dim=1).mean() / d**0.5).item(),
+        "KS": float(
+            np.mean([stats.kstest(column, "norm").statistic for column in z.T[:64].numpy()])
+        ),
+    }
+    expected = prior.normal(torch.arange(len(z)), (min(d, 64),)).double()
+    floor = float(
+        np.mean([stats.kstest(column, "norm").statistic for column in expected.T.numpy()])
+    )
+    line = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+    line += f" (of as many true normals: {floor:.3f})"
+    return row(f"the code of {name}.py is N(0, I)", line, figures["KS"] < 1.5 * floor, **figures)
+
+
+def flow_is_exact(model, run, judge, n=200):
+    x = judge.x_test[:n]
+    z = models.encodings(model, run, x, judge.captions_test[:n])
+    c = model.embed(to_words(judge.captions_test[:n], run["vocabulary"]).to(model.device))
+    y = model.sample(z.to(model.device), c).cpu()
+    error = (y - (x / 127.5 - 1)).abs().max().item()
+    same = z[0].numel() == x[0].numel()
+    line = f"z has {z[0].numel()} numbers, an image {x[0].numel()}; "
+    line += f"largest round-trip error {error:.1e}"
+    claim = "a flow's latent has the image's dimension, and its inverse is exact"
+    return row(claim, line, same and error < 1e-3, error=error)
+
+
+def paths_are_smooth(name, model, run, judge, n=24, steps=16):
+    """Along the arc from z to z: the largest step over the mean one, in feature space; beside it a
+    straight line between the same two images, in pixel space."""
+    module = models.script(name)
+    words = to_words(models.cycle(judge.captions_test, n), run["vocabulary"]).to(model.device)
+    seeds, c = torch.arange(2 * n, device=model.device), model.embed(words)
+    z0, z1 = prior.normal(seeds, model.latent_shape).chunk(2)
+    times = torch.linspace(0, 1, steps + 1).tolist()
+    arc = [module.draw(model, prior.slerp(z0, z1, t), c, seeds[:n]) for t in times]
+    line = [(1 - t) * arc[0].float() + t * arc[-1].float() for t in times]
+
+    def largest_over_mean(path):
+        features = [judge.embed(x.byte()) for x in path]
+        lengths = torch.stack([(b - a).norm(dim=1) for a, b in pairwise(features)])
+        return (lengths.max(0).values / lengths.mean(0)).mean().item()
+
+    figures = {"arc": largest_over_mean(arc), "line": largest_over_mean(line)}
+    measured = f"largest over mean step: {figures['arc']:.2f} along the arc, "
+    measured += f"{figures['line']:.2f} along the line between its ends' pixels (1 is even)"
+    return row(f"close z give close images, slerp paths are smooth ({name})", measured,
+               figures["arc"] < 4, **figures)  # fmt: skip

@@ -1,0 +1,89 @@
+"""The models by name: their scripts, their runs, their samples."""
+
+import importlib
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import prior
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {
+    "vae": "vae", "flow": "flow", "gan": "gan", "diffusion": "diffusion",
+    "vae-gan": "hybrids", "flow-gan": "hybrids", "diffusion-gan": "hybrids",
+    "autoregressive": "bench.autoregressive",
+}  # fmt: skip
+
+
+def script(name):
+    """The model's script, as a module."""
+    return importlib.import_module(SCRIPTS[name])
+
+
+def train(name, out, *flags):
+    """Trains the model in a process of its own, from where its run in `out` stands."""
+    model = ["--model", name] if SCRIPTS[name] == "hybrids" else []
+    resume = ["--resume"] if Path(out, "checkpoint.pt").exists() else []
+    call = [sys.executable, "-m", SCRIPTS[name], "--train", "--out", str(out), *model, *resume]
+    subprocess.run([*call, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def build(name, shape, n_words, device, **options):
+    """The model with fresh weights, as its script builds it to sample."""
+    module = script(name)
+    if SCRIPTS[name] == "hybrids":
+        options = {"model": name, **options}
+    model = module.build(module.Config(**options), shape, n_words)
+    model.device = torch.device(device)
+    return model.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+
+
+def load(name, out, device="cpu"):
+    """The model of a run, its averaged weights, and the run's checkpoint."""
+    module = script(name)
+    run = module.load(Path(out, "checkpoint.pt"))
+    known = {f.name for f in module.fields(module.Config)}
+    options = {key: value for key, value in run["config"].items() if key in known}
+    options.pop("model", None)
+    model = build(name, run["shape"], len(run["vocabulary"]), device, **options)
+    model.load_state_dict(run["ema"])
+    return model, run
+
+
+def samples(name, model, run, captions, seed, batch=100, **options):
+    """Images for captions, uint8 (N, C, H, W), as --sample --seed draws them; options, e.g. steps,
+    change the model's Config."""
+    module, images, before = script(name), [], model.cfg
+    model.cfg = replace(before, **options)
+    words = module.to_words(captions, run["vocabulary"]).to(model.device)
+    for i in torch.arange(len(captions), device=model.device).split(batch):
+        seeds = prior.fold_in(seed, i)
+        z = prior.normal(seeds, model.latent_shape)
+        images.append(module.draw(model, z, model.embed(words[i]), seeds))
+    model.cfg = before
+    return torch.cat(images)
+
+
+def encodings(model, run, x, captions, batch=50):
+    """z of images x, uint8 (N, C, H, W), under their captions: (N, ...) on the CPU."""
+    module, z = sys.modules[type(model).__module__], []
+    words = module.to_words(captions, run["vocabulary"]).to(model.device)
+    for i in torch.arange(len(x)).split(batch):
+        images = x[i].to(model.device) / 127.5 - 1
+        z.append(model.encode(images, model.embed(words[i])).cpu())
+    return torch.cat(z)
+
+
+def cycle(captions, n):
+    """The first n of the captions, over and over."""
+    return [captions[i % len(captions)] for i in range(n)]
+
+
+def spread(values):
+    """Mean and standard deviation, as plain numbers."""
+    values = np.asarray(values, float)
+    return {"mean": float(values.mean()), "std": float(values.std(ddof=len(values) > 1))}

@@ -1,0 +1,248 @@
+"""How fast: images per second and batch-1 latency of each model's own `sample`, and of its `step`.
+
+  python -m bench.throughput MODEL [--quick] [--out FILE.json]
+
+Weights are fresh ones: speed does not depend on them. Each figure is the median of
+repeats after a warm-up; before and after a row the machine's own ceiling is timed, and a row whose
+ceilings fell, or whose repeats scatter, is timed again: a busy neighbour slows a row more than the
+ceiling. FLOPs are counted by torch.utils.flop_counter.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import prior
+from bench import models
+from bench.report import environment, write
+
+SIDE, WORDS = 28, 14  # of the built-in data
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call, device, repeats, warm_up=1):
+    """Seconds that each of `repeats` calls took, after a warm-up."""
+    times = []
+    for _ in range(warm_up + repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times[warm_up:]
+
+
+def ceilings(device, dtype=torch.float32):
+    """What the machine can do: TFLOP/s of a matrix product and of a 3x3 convolution as the models
+    have it, GB/s of a copy. The best of a few tries."""
+    n = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    batch = 512 if device.type == "cuda" else 32
+    x = torch.randn(batch, 128, 14, 14, device=device, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    w = torch.randn(128, 128, 3, 3, device=device, dtype=dtype)
+    w = w.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        product = min(seconds(lambda: a @ a, device, 5))
+        convolution = min(seconds(lambda: torch.conv2d(x, w, padding=1), device, 5))
+        big = torch.empty(2**26 if device.type == "cuda" else 2**24, device=device)
+        copy = min(seconds(lambda: big.clone(), device, 5))
+    return {
+        "matmul_tflops": 2 * n**3 / product / 1e12,
+        "convolution_tflops": 2 * batch * 14 * 14 * 128 * 128 * 9 / convolution / 1e12,
+        "copy_gb_per_s": 2 * 4 * big.numel() / copy / 1e9,
+    }
+
+
+class Guard:
+    """Times a row again while other load on the machine disturbs it."""
+
+    def __init__(self, device):
+        self.device, self.best = device, 0.0
+
+    def ceiling(self):
+        value = ceilings(self.device)["matmul_tflops"]
+        self.best = max(self.best, value)
+        return value
+
+    def time(self, call, repeats, tries=4):
+        """Median and quartile distance in seconds of a call, and whether it was disturbed in all
+        tries; then the fastest try counts."""
+        results = []
+        for _ in range(tries):
+            before = self.ceiling()
+            times = sorted(seconds(call, self.device, repeats))
+            after = self.ceiling()
+            median = statistics.median(times)
+            scatter = times[3 * len(times) // 4] - times[len(times) // 4]
+            calm = min(before, after) > 0.8 * self.best and scatter < 0.25 * median
+            results.append((median, scatter))
+            if calm:
+                return {"seconds": median, "scatter": scatter, "disturbed": False}
+        median, scatter = min(results)
+        return {"seconds": median, "scatter": scatter, "disturbed": True}
+
+
+def settings(name, quick, side):
+    """Samplers and numbers of steps to time: (label, Config's options, evaluations an image)."""
+    if name != "diffusion":
+        n = {"diffusion-gan": 4, "autoregressive": side * side}.get(name, 1)
+        return [(name, {}, n)]
+    steps = (20, 4, 1) if quick else (250, 50, 20, 10, 4, 1)
+    rows = [(f"dpm, {n}", {"sampler": "dpm", "steps": n}, n) for n in steps]
+    rows += [(f"{s}, 20", {"sampler": s, "steps": 20}, n) for s, n in (("euler", 20), ("heun", 40))]
+    rows += [("ddpm, 50", {"sampler": "ddpm", "steps": 50}, 50)]
+    if not quick:
+        rows += [("ddpm, 1000", {"sampler": "ddpm", "steps": 1000}, 1000)]
+    return [(f"diffusion {label}", {"guidance": 1.0, **o}, n) for label, o, n in rows]
+
+
+def sampler(model, batch, captured=False):
+    """A call that draws a batch of images, and, on CUDA, replays a graph of it if so asked."""
+    device = model.device
+    seeds = prior.fold_in(0, torch.arange(batch, device=device))
+    z = prior.normal(seeds, model.latent_shape)
+    c = model.embed(torch.ones(batch, 3, dtype=torch.long, device=device))
+    module = models.script(model.name)
+
+    def call():
+        with torch.no_grad(), module.autocast(device):
+            return model.sample(z, c, seeds)
+
+    if not captured:
+        return call
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def memory(device):
+    """Peak memory in MB: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def sampling_rows(name, device, quick, side, budget):
+    """One dict for each setting and mode of the model, in about `budget` seconds each."""
+    guard, rows = Guard(device), []
+    modes = ["eager"] if quick else ["eager", "compiled"]
+    modes += ["graph"] if device.type == "cuda" else []
+    for label, options, evaluations in settings(name, quick, side):
+        for mode in modes:
+            if mode == "compiled" and evaluations > 50:
+                continue  # the same network as with fewer steps
+            model = models.build(name, (1, side, side), WORDS, device)
+            model.name, model.cfg = name, replace(model.cfg, **options)
+            parameters = sum(p.numel() for p in model.parameters())
+            if mode == "compiled":
+                for part in model.children():
+                    part.compile()
+            row = {"name": label, "model": name, "mode": mode, "evaluations": evaluations}
+            row |= {"dtype": "bf16" if autocast_on(name, device) else "fp32"}
+            row |= {"parameters": parameters, "batches": {}}
+            if mode == "eager":
+                probe = sampler(model, 2)
+                with FlopCounterMode(display=False) as counter:
+                    probe()
+                gflops = counter.get_total_flops() / 2e9
+            row["gflops_per_image"] = gflops
+            batch = 1
+            while batch <= (4096 if device.type == "cuda" else 256):
+                call = sampler(model, batch, mode == "graph")
+                once = seconds(call, device, 1)[0]
+                repeats = int(min(max(budget / 4 / once, 3), 20))
+                timed = guard.time(call, repeats, tries=2 if quick else 4)
+                rate = batch / timed["seconds"]
+                row["batches"][batch] = {**timed, "images_per_s": rate}
+                if once > budget or (batch > 16 and rate < 0.9 * row["images_per_s"]):
+                    break
+                row["images_per_s"] = max(rate, row.get("images_per_s", 0))
+                batch *= 4
+            row["latency"] = row["batches"][1]["seconds"]
+            row["images_per_s"] = max(b["images_per_s"] for b in row["batches"].values())
+            tflops = row["images_per_s"] * gflops / 1e3
+            top = max(v for k, v in ceilings(device).items() if k.endswith("tflops"))
+            row["share_of_ceiling"] = tflops / top
+            row["peak_memory_mb"] = memory(device)
+            rows.append(row)
+            print(json.dumps({k: v for k, v in row.items() if k != "batches"}), flush=True)
+    return rows
+
+
+def autocast_on(name, device):
+    with models.script(name).autocast(device):
+        return torch.is_autocast_enabled(device.type)
+
+
+def training_row(name, device, side, repeats):
+    """Images per second of the script's own step, at its own batch size."""
+    module = models.script(name)
+    model = models.build(name, (1, side, side), WORDS, device).requires_grad_(True).train()
+    cfg, ema = model.cfg, module.copy.deepcopy(model).requires_grad_(False)
+    optimizers = module.make_optimizers(model, cfg)
+    for optimizer in optimizers:
+        optimizer.found_inf = torch.zeros((), device=device)
+    seeds = torch.arange(cfg.batch_size, device=device)
+    x = (256 * prior.uniform(seeds, (1, side, side))).floor() / 127.5 - 1
+    words = torch.ones(cfg.batch_size, 3, dtype=torch.long, device=device)
+    updates = itertools.count()
+
+    def call():
+        module.step(model, ema, optimizers, x, words, seeds, next(updates), cfg)
+
+    call()  # the first may set parameters from the data
+    timed = Guard(device).time(call, repeats)
+    rate = cfg.batch_size / timed["seconds"]
+    needed = cfg.train_steps * timed["seconds"]
+    row = {"model": name, "batch_size": cfg.batch_size, "images_per_s": rate, **timed}
+    return row | {"train_steps": cfg.train_steps, "training_seconds": needed}
+
+
+def measure(name, device, quick, side=SIDE, budget=None):
+    """All rows of one model, with the machine's ceilings."""
+    budget = budget or (2.0 if quick else 6.0)
+    return {
+        "ceilings": ceilings(device),
+        "training": training_row(name, device, side, 5 if quick else 20),
+        "sampling": sampling_rows(name, device, quick, side, budget),
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=models.SCRIPTS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer settings and repeats")
+    parser.add_argument("--side", type=int, default=SIDE, help="of the images, divisible by 4")
+    parser.add_argument("--seconds", type=float, help="for each setting [2 if quick, else 6]")
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    result = measure(args.model, device, args.quick, args.side, args.seconds)
+    if args.out:
+        write(args.out, {**environment(), **result})
+
+
+if __name__ == "__main__":
+    main()

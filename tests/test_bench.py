@@ -1,0 +1,221 @@
+"""bench: figures against truth they must have, baselines that must fail, rows that are kept."""
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import prior
+from bench import autoregressive, claims, datasets, models, quality, report, throughput
+
+
+def test_frechet_distance_of_known_normals():
+    """|mu1 - mu2|^2 + sum of (s1 - s2)^2 for independent coordinates."""
+    g = np.random.default_rng(0)
+    a = g.normal(size=(200_000, 3)) * [1.0, 2.0, 0.5]
+    b = g.normal(size=(200_000, 3)) * [1.5, 2.0, 0.25] + [1.0, 0.0, -2.0]
+    truth = 5.0 + 0.5**2 + 0.25**2
+    assert quality.frechet_distance(a, b) == pytest.approx(truth, rel=0.02)
+    assert quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_manifold_figures_see_collapse_and_strangers():
+    g = np.random.default_rng(0)
+    real, same = g.normal(size=(2, 400, 4)).astype(np.float32)
+    good = quality.manifold_figures(real, same)
+    assert good["precision"] > 0.9 and good["recall"] > 0.9
+    assert 0.8 < good["density"] < 1.2 and good["coverage"] > 0.9
+    collapsed = np.repeat(real[:5], 80, 0) + 1e-3 * same
+    bad = quality.manifold_figures(real, collapsed)
+    assert bad["precision"] > 0.9 and bad["recall"] < 0.1 and bad["coverage"] < 0.2
+    far = quality.manifold_figures(real, same + 50)
+    assert max(far.values()) == 0
+
+
+def test_attributes_are_places_in_the_caption_or_the_caption():
+    assert quality.attributes(["a b", "c d"]) == [["a", "c"], ["b", "d"]]
+    assert quality.attributes(["a b", "c"]) == [["a b", "c"]]
+    assert quality.attributes(["", ""]) == [["", ""]]
+    assert quality.attributes(["x", "a b"], 2) == [["", "a"], ["", "b"]]
+
+
+def test_sharpness_and_diversity():
+    x = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    assert quality.sharpness(x) == 0
+    x[0, 0, 4, 4] = 255
+    assert quality.sharpness(x) == pytest.approx(8 / 36)
+    features = torch.tensor([[0.0], [1.0], [10.0], [10.0], [5.0]])
+    assert quality.diversity(features, ["a", "a", "b", "b", "c"]) == pytest.approx(0.5)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A judge of the bright and dark halves that conftest's data has, on more images."""
+    g = np.random.default_rng(0)
+    x = g.integers(0, 60, (200, 8, 8), np.uint8)
+    y = []
+    for i in range(200):
+        half, light = ("left", "right")[i % 2], ("bright", "dark")[i // 2 % 2]
+        x[i, :, 4 * (i % 2) : 4 * (i % 2) + 4] += np.uint8(180 if light == "bright" else 80)
+        y.append(f"{light} {half}")
+    path = tmp_path_factory.mktemp("judge") / "data.npz"
+    np.savez(path, x=x, y=np.array(y))
+    return quality.Judge(str(path), steps=60, batch_size=32)
+
+
+def test_the_judge_reads_real_images_and_baselines_fail_where_they_should(judge):
+    rows = {name: judge.measure(*images) for name, images in judge.baselines(20).items()}
+    real, replay, one = rows.values()
+    assert list(real["agreement"].values()) == [1.0, 1.0]
+    assert max(real["shuffled"].values()) < 0.9
+    assert real["nearest"] == 1 and replay["nearest"] == 0
+    assert one["diversity"] == 0 and 0.5 < real["diversity"] < 1.5
+    assert all(np.isfinite(value) for key, value in real.items() if not isinstance(value, dict))
+    noise = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+    assert judge.measure(noise, judge.captions_test[:20])["fld"] > 3 * real["fld"]
+
+
+def test_independent_pixels_keep_each_captions_marginals(judge):
+    x, captions = claims.independent_pixels(judge, 2000)
+    for caption in set(captions):
+        drawn = x[[text == caption for text in captions]].float()
+        truth = judge.x[[text == caption for text in judge.captions]].float()
+        assert (drawn.mean(0) - truth.mean(0)).abs().max() < 12
+        columns = drawn[:, 0, 2, 2:4]
+        assert abs(np.corrcoef(columns.T.numpy())[0, 1]) < 0.2
+
+
+def test_claims_about_normals_hold_and_their_figures_are_right():
+    for claim in (claims.normal_sums, claims.normal_against_uniform):
+        assert claim()["verdict"] == "yes"
+    kl = claims.analytic_kl()
+    assert kl["verdict"] == "yes"
+    assert abs(kl["figures"]["mean"] - kl["figures"]["exact"]) < 4 * kl["figures"]["standard_error"]
+    gradients = claims.gradient_variance()
+    assert gradients["figures"]["reparameterized"][1] == pytest.approx(4, rel=0.05)
+
+
+def test_rows_are_written_one_by_one_and_kept(tmp_path):
+    from bench.__main__ import Rows
+
+    calls = []
+    for _ in range(2):
+        rows = Rows(tmp_path / "r.json", lambda text: None)
+        rows.add("a", lambda: calls.append("a") or {"value": 1})
+    assert calls == ["a"]
+    assert json.loads((tmp_path / "r.json").read_text())["rows"] == {"a": {"value": 1}}
+
+
+def test_a_disturbed_row_is_timed_again_and_said_to_be(monkeypatch):
+    guard = throughput.Guard(torch.device("cpu"))
+    ceilings = iter([1.0, 0.5, 1.0, 1.0])
+    monkeypatch.setattr(throughput, "ceilings", lambda device: {"matmul_tflops": next(ceilings)})
+    times = iter([[9.0, 9.0, 9.0], [1.0, 1.0, 1.0]])
+    monkeypatch.setattr(throughput, "seconds", lambda call, device, repeats: next(times))
+    assert guard.time(None, 3) == {"seconds": 1.0, "scatter": 0.0, "disturbed": False}
+    ceilings, times = iter([1.0, 0.1] * 4), iter([[4.0], [2.0], [3.0], [5.0]])
+    monkeypatch.setattr(throughput, "ceilings", lambda device: {"matmul_tflops": next(ceilings)})
+    monkeypatch.setattr(throughput, "seconds", lambda call, device, repeats: next(times))
+    assert guard.time(None, 1) == {"seconds": 2.0, "scatter": 0.0, "disturbed": True}
+
+
+@pytest.mark.parametrize("name", models.SCRIPTS)
+def test_every_model_builds_and_samples_as_its_script_does(name):
+    model = models.build(name, (1, 8, 8), 4, "cpu", width=32, embedding=16)
+    run = {"vocabulary": ["bright", "dark", "left", "right"]}
+    captions = models.cycle(["bright left", "dark"], 5)
+    x = models.samples(name, model, run, captions, 3)
+    assert x.shape == (5, 1, 8, 8) and x.dtype == torch.uint8
+    again = models.samples(name, model, run, captions, 3, batch=2)
+    assert (x.int() - again.int()).abs().float().mean() < 0.5
+    assert not torch.equal(x, models.samples(name, model, run, captions, 4))
+
+
+class TestAutoregressive:
+    def tiny(self):
+        torch.manual_seed(0)
+        cfg = autoregressive.Config(width=32, embedding=16, layers=2)
+        model = autoregressive.GPT(cfg, (2, 3, 3), 3).eval().requires_grad_(False)
+        torch.nn.init.normal_(model.head.weight, std=0.5)
+        return model
+
+    def test_each_value_depends_on_those_before_alone(self):
+        model, c = self.tiny(), torch.randn(1, 16)
+        values = torch.randint(0, 256, (1, 18))
+        before = model.logits(values, c)
+        for i in (0, 7, 17):
+            other = values.clone()
+            other[0, i] = (other[0, i] + 100) % 256
+            same = (model.logits(other, c) == before).all(2)[0]
+            assert same[: i + 1].all() and not same[i + 1 :].any()
+
+    def test_cached_sampling_draws_from_the_model(self):
+        model, seeds = self.tiny(), torch.arange(3)
+        z, c = prior.normal(seeds, (2, 3, 3)), torch.randn(3, 16)
+        x = model.sample(z, c)
+        values = ((x + 1) * 127.5).round().long().flatten(1)
+        p = model.logits(values, c).softmax(2)
+        upper = p.cumsum(2).gather(2, values[..., None])[..., 0]
+        lower = upper - p.gather(2, values[..., None])[..., 0]
+        u = torch.special.ndtr(z.flatten(1))
+        assert (lower - 1e-5 <= u).all() and (u <= upper + 1e-5).all()
+        assert torch.equal(model.sample(model.encode(x, c), c), x)
+
+    def test_bits_are_the_cross_entropy_and_sum_to_one(self):
+        model, c = self.tiny(), torch.randn(256, 16)[:1].expand(256, -1)
+        x = torch.zeros(256, 2, 3, 3)
+        x.view(256, -1)[:, -1] = torch.arange(256) / 127.5 - 1  # all values of the last one
+        bits = model.bits_per_dim(x, c, None) * 18
+        first = model.nats(x, c)[0, :-1].sum() / np.log(2)
+        assert (2 ** -(bits - first)).sum().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_tables_are_made_of_result_files(tmp_path):
+    spread = {"mean": 0.5, "std": 0.1}
+    row = {"agreement": {"digit": spread}, "bits_per_dim": None}
+    row |= {k: spread for k in "fld precision recall density coverage sharpness nearest".split()}
+    report.write(tmp_path / "quality.json", {"rows": {"vae": {**row, "diversity": spread}}})
+    assert "| vae | 50.0 ± 10.0% | 0.5 ± 0.1 |" in report.quality_table(tmp_path)
+    assert report.read(tmp_path / "none.json") == {}
+    assert stats.norm.cdf(0) == 0.5
+
+
+def test_modes_of_stacked_digits(monkeypatch):
+    """Images whose three channels are real digits: as many modes as there are different triples."""
+    digits = quality.Judge(steps=200)
+    x = digits.x[:3000].view(1000, 3, 28, 28)
+    names = [caption.split()[2] for caption in digits.captions[:3000]]
+    truth = {tuple(names[i : i + 3]) for i in range(0, 3000, 3)}
+    found = datasets.modes(digits, x)
+    assert abs(found["modes"] - len(truth)) < 0.05 * len(truth)
+    one = datasets.modes(digits, x[:1].expand(50, -1, -1, -1))
+    assert one["modes"] == 1 and one["kl"] == pytest.approx(np.log(1000))
+
+
+def test_data_of_stacked_and_unseen_captions():
+    data = datasets.stacked(50)
+    assert data["x"].shape == (50, 28, 28, 3) and set(data["y"]) == {""}
+    data = datasets.unseen()
+    assert not set(datasets.UNSEEN) & set(data["y"])
+    assert set(datasets.UNSEEN) < set(data["y_test"])
+    assert len(set(data["y"])) == 37 and len(data["x"]) == len(data["y"]) < 4500
+
+
+@pytest.mark.parametrize("part", ["speed", "flow"])
+def test_gpu_parts_run_at_tiny_size(part, data, tmp_path):
+    out = tmp_path / "results"
+    env = {**os.environ, "TINY": "1", "DATA": str(data), "CUDA_VISIBLE_DEVICES": ""}
+    call = ["bash", "bench/gpu.sh", part, str(out)]
+    subprocess.run(call, cwd=report.ROOT, env=env, check=True, capture_output=True)
+    files = {path.name for path in out.iterdir()}
+    if part == "speed":
+        assert files == {f"throughput-{name}.json" for name in models.SCRIPTS}
+        for name in files:
+            rows = json.loads((out / name).read_text())["sampling"]
+            assert rows and all(row["images_per_s"] > 0 for row in rows)
+    else:
+        assert any(name.startswith("quality-") for name in files) and len(files) <= 8

@@ -66,13 +66,13 @@ class Config:
     lr: float = option(1.5e-3, "the highest learning rate", low=0)
     width: int = option(64, "channels; a coupling has half", low=32, multiple=16, fixed=True)
     embedding: int = option(256, "size of a text's vector", low=8, fixed=True)
-    latent: int = option(16, "D, the size of z, but for flow-gan", low=1, fixed=True)
-    couplings: int = option(24, "flow-gan: how many", low=1, fixed=True)
+    latent: int = option(12, "D, the size of z, but for flow-gan", low=1, fixed=True)
+    couplings: int = option(27, "flow-gan: how many", low=1, fixed=True)
     temperature: float = option(1.0, "flow-gan: what z is multiplied with", low=0)
     denoising_steps: int = option(4, "diffusion-gan: T", low=1, fixed=True)
     gamma: float = option(1.0, "weight of the gradient penalties in (2)", low=0)
     adversarial_weight: float = option(1.0, "w in (3)", low=0)
-    dropout: float = option(0.1, "share of captions, and of words, hidden in training", low=0)
+    dropout: float = option(0.03, "share of captions, and of words, hidden in training", low=0)
     # >>> copied config
     out: str = option(f"runs/{NAME}", "the run folder", once=True)
     data: str = option("", "an .npz with x and y; without it the built-in captioned digits")
@@ -429,19 +429,17 @@ class Equalize(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(256))
+        self.register_buffer("p", torch.full((256,), (1 - 2e-6) / 256))
 
     def forward(self, u):
-        p = (1 - 2e-6) * self.logits.softmax(0)
         k = u.detach().floor().clamp(0, 255).long()
-        y = (1e-6 + (p.cumsum(0) - p)[k] + p[k] * (u - k)).logit()
-        return y, (p[k].log() - F.logsigmoid(y) - F.logsigmoid(-y)).flatten(1).sum(1)
+        y = (1e-6 + (self.p.cumsum(0) - self.p)[k] + self.p[k] * (u - k)).logit()
+        return y, (self.p[k].log() - F.logsigmoid(y) - F.logsigmoid(-y)).flatten(1).sum(1)
 
     def inverse(self, y):
-        p = (1 - 2e-6) * self.logits.softmax(0)
-        cdf, upper = (y.sigmoid() - 1e-6).contiguous(), p.cumsum(0)
+        cdf, upper = (y.sigmoid() - 1e-6).contiguous(), self.p.cumsum(0)
         k = torch.searchsorted(upper, cdf).clamp(0, 255)
-        return (k + (cdf - (upper - p)[k]) / p[k]).clamp(0, 256)
+        return (k + (cdf - (upper - self.p)[k]) / self.p[k]).clamp(0, 256)
 
 
 class Affine(nn.Module):
@@ -486,7 +484,7 @@ class Dense(nn.Module):
 
     def __init__(self, channels, out, side, width, embedding):
         super().__init__()
-        n, hidden = side * side, 16 * width
+        n, hidden = side * side, 12 * width
         self.stem, self.text = nn.Linear(n * channels, hidden), nn.Linear(embedding, hidden)
         self.middle, self.norm = nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, n * out)
@@ -505,7 +503,7 @@ class Coupling(nn.Module):
         channels, side, _ = shape
         order = prior.uniform(torch.tensor([index]), (channels,))[0].argsort()
         self.register_buffer("order", order)
-        kind, half = Dense if index % 2 else Local, channels // 2
+        kind, half = Dense if index % 3 else Local, channels // 2
         self.network = kind(channels - half, 2 * half, side, width, embedding)
         nn.init.zeros_(self.network.head.weight)
         nn.init.zeros_(self.network.head.bias)
@@ -563,7 +561,8 @@ class Flow(nn.Module):
         where the data are (Kingma & Dhariwal 2018, section 3.1)."""
         u = self.dequantize(x, seeds)
         counts = torch.bincount(u.long().flatten(), minlength=256).float()
-        self.equalize.logits.copy_((self.mean_over_ranks(counts) + 1).log())
+        p = 0.99 * self.mean_over_ranks(counts / counts.sum()) + 0.01 / 256
+        self.equalize.p.copy_((1 - 2e-6) * p)
         h = F.pixel_unshuffle(self.equalize(u)[0], 4)
         mean, square = self.mean_over_ranks(torch.stack([h.mean(0), h.square().mean(0)]))
         self.first.mu.copy_(mean)

@@ -4,7 +4,7 @@
   decoder     p(x | z, c) = product over pixel values of S(a) - S(b), the logistic's mass in
               the value's bin: a, b = (x +- 1/255 - location(z, c)) / s, with one learned s    (2)
   bound       log p(x | c) >= E log p(x | z, c) - KL(q(z | x, c) || N(0, I))                   (3)
-  loss        -E log p(x | z, c) + beta KL, beta from 40 down to 1, then 1                     (4)
+  loss        -E log p(x | z, c) + beta KL, beta from 100 down to 1, then 1                    (4)
   IWAE        log p(x | c) >= E log 1/K sum_i p(x | z_i, c) p(z_i) / q(z_i | x, c)             (5)
   sampling    z ~ N(0, I) and the location of (2), or with --noisy a draw of (2)               (6)
 
@@ -61,7 +61,7 @@ def option(default, help, **limits):
 
 @dataclass
 class Config:
-    train_steps: int = option(2000, "updates", low=1)
+    train_steps: int = option(2200, "updates", low=1)
     batch_size: int = option(32, "images an update, over all ranks", low=1)
     lr: float = option(2e-3, "the highest learning rate", low=0)
     width: int = option(64, "channels at the finer grid", low=8, multiple=8, fixed=True)
@@ -69,7 +69,7 @@ class Config:
     latent: int = option(12, "D, the size of z", low=1, fixed=True)
     importance: int = option(64, "K in (5)", low=1)
     noisy: bool = option(False, "sample from (2), not its location alone", once=True)
-    dropout: float = option(0.1, "share of captions, and of words, hidden in training", low=0)
+    dropout: float = option(0.03, "share of captions, and of words, hidden in training", low=0)
     # >>> copied config
     out: str = option(f"runs/{NAME}", "the run folder", once=True)
     data: str = option("", "an .npz with x and y; without it the built-in captioned digits")
@@ -239,7 +239,7 @@ def make_optimizers(model, cfg):
 
 def step(model, ema, optimizers, x, words, seeds, k, cfg):
     """Update k, on images x (B, C, H, W) in [-1, 1] with words (B, L): returns detached metrics."""
-    beta = max(1.0, 40 ** (1 - k / (0.85 * cfg.train_steps)))  # (4)
+    beta = max(1.0, 100 ** (1 - k / (0.9 * cfg.train_steps)))  # (4)
     with autocast(x.device):
         loss, metrics = model.loss(x, model.embed(hide(words, seeds, cfg.dropout)), seeds, beta)
     rate = cfg.lr * min((k + 1) / (0.05 * cfg.train_steps), 1 - k / cfg.train_steps)

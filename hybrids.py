@@ -89,9 +89,9 @@ class Config:
     # <<< copied config
 
     def __post_init__(self):
-        flow = self.model == "flow-gan"
-        self.train_steps = self.train_steps or (900 if flow else 1300)
-        self.batch_size = self.batch_size or (128 if flow else 32)
+        steps = {"vae-gan": 1100, "flow-gan": 850, "diffusion-gan": 1300}[self.model]
+        self.train_steps = self.train_steps or steps
+        self.batch_size = self.batch_size or (128 if self.model == "flow-gan" else 32)
 
 
 # ---------------------------------------------------------------------------------- the models
@@ -484,7 +484,7 @@ class Dense(nn.Module):
 
     def __init__(self, channels, out, side, width, embedding):
         super().__init__()
-        n, hidden = side * side, 12 * width
+        n, hidden = side * side, 16 * width
         self.stem, self.text = nn.Linear(n * channels, hidden), nn.Linear(embedding, hidden)
         self.middle, self.norm = nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, n * out)
@@ -1124,9 +1124,9 @@ def parse(argv):
     if not asked:
         parser.print_help()
     for f in fields(Config):
-        low, multiple = f.metadata.get("low"), f.metadata.get("multiple")
-        if f.name in typed and low is not None and not low <= typed[f.name] < math.inf:
-            fail(f"--{f.name.replace('_', '-')} {typed[f.name]}: take a number from {low}")
+        low, multiple = f.metadata.get("low", -(2**63)), f.metadata.get("multiple")
+        if f.name in typed and f.type in (int, float) and not low <= typed[f.name] < 2**63:
+            fail(f"--{f.name.replace('_', '-')} {typed[f.name]}: take a number from {low} to 2^63")
         if f.name in typed and multiple and typed[f.name] % multiple:
             fail(f"--{f.name} {typed[f.name]}: take a multiple of {multiple}")
     return asked, typed

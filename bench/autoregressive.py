@@ -50,7 +50,7 @@ def option(default, help, **limits):
 
 @dataclass
 class Config:
-    train_steps: int = option(1000, "updates", low=1)
+    train_steps: int = option(700, "updates", low=1)
     batch_size: int = option(16, "images an update, over all ranks", low=1)
     lr: float = option(2e-3, "the highest learning rate", low=0)
     width: int = option(128, "size of a token's vector", low=8, multiple=8, fixed=True)
@@ -588,9 +588,9 @@ def parse(argv):
     if not asked:
         parser.print_help()
     for f in fields(Config):
-        low, multiple = f.metadata.get("low"), f.metadata.get("multiple")
-        if f.name in typed and low is not None and not low <= typed[f.name] < math.inf:
-            fail(f"--{f.name.replace('_', '-')} {typed[f.name]}: take a number from {low}")
+        low, multiple = f.metadata.get("low", -(2**63)), f.metadata.get("multiple")
+        if f.name in typed and f.type in (int, float) and not low <= typed[f.name] < 2**63:
+            fail(f"--{f.name.replace('_', '-')} {typed[f.name]}: take a number from {low} to 2^63")
         if f.name in typed and multiple and typed[f.name] % multiple:
             fail(f"--{f.name} {typed[f.name]}: take a multiple of {multiple}")
     return asked, typed

@@ -138,7 +138,8 @@ def test_checkpoints_that_are_none(trained, refused, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [["--n", "0"], ["--steps", "0"], ["--train-steps", "0"], ["--batch-size", "-1"], ["--lr", "-1"],
-     ["--lr", "nan"], ["--n", "many"], ["--nonsense"], ["--device", "tpu"], ["--width", "4"]],
+     ["--lr", "nan"], ["--n", "many"], ["--nonsense"], ["--device", "tpu"], ["--width", "4"],
+     ["--seed", str(2**64)]],
 )  # fmt: skip
 def test_bad_flags(flags, refused, run, script):
     if flags[0] == "--steps" and script is not diffusion:

@@ -677,7 +677,7 @@ def parse(argv):
     if not asked:
         parser.print_help()
     for f in fields(Config):
-        low, multiple = f.metadata.get("low", -(2**63)), f.metadata.get("multiple")
+        low, multiple = f.metadata.get("low", -math.ldexp(1, 63)), f.metadata.get("multiple")
         if f.name in typed and f.type in (int, float) and not low <= typed[f.name] < 2**63:
             fail(f"--{f.name.replace('_', '-')} {typed[f.name]}: take a number from {low} to 2^63")
         if f.name in typed and multiple and typed[f.name] % multiple:

@@ -206,7 +206,7 @@ def main(argv=None):
 
     device = torch.device(args.device)
     if args.quick:
-        progress("skipped: compiled samplers, ddpm with 1000 steps, training to the end,")
+        progress("skipped: ddpm with 1000 steps, training to the end,")
         progress("         and the claim on the stability of GANs")
         progress("reduced: 200 samples a seed, 40 of the autoregressive model")
     speed = Rows(out / "throughput.json", progress)

@@ -141,10 +141,10 @@ def memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def sampling_rows(name, device, quick, side, budget):
+def sampling_rows(name, device, quick, compiled, side, budget):
     """One dict for each setting and mode of the model, in about `budget` seconds each."""
     guard, rows = Guard(device), []
-    modes = ["eager"] if quick else ["eager", "compiled"]
+    modes = ["eager", *(["compiled"] if compiled else [])]
     modes += ["graph"] if device.type == "cuda" else []
     for label, options, evaluations in settings(name, quick, side):
         for mode in modes:
@@ -169,8 +169,8 @@ def sampling_rows(name, device, quick, side, budget):
             while batch <= (4096 if device.type == "cuda" else 256):
                 call = sampler(model, batch, mode == "graph")
                 once = seconds(call, device, 1)[0]
-                repeats = int(min(max(budget / 4 / once, 3), 20))
-                timed = guard.time(call, repeats, tries=2 if quick else 4)
+                repeats = int(min(max(budget / 4 / once, 1 if once > budget else 3), 20))
+                timed = guard.time(call, repeats, tries=2 if quick else 3)
                 rate = batch / timed["seconds"]
                 row["batches"][batch] = {**timed, "images_per_s": rate}
                 if once > budget or (batch > 16 and rate < 0.9 * row["images_per_s"]):
@@ -217,13 +217,13 @@ def training_row(name, device, side, repeats):
     return row | {"train_steps": cfg.train_steps, "training_seconds": needed}
 
 
-def measure(name, device, quick, side=SIDE, budget=None):
+def measure(name, device, quick, compiled=False, side=SIDE, budget=None):
     """All rows of one model, with the machine's ceilings."""
-    budget = budget or (2.0 if quick else 6.0)
+    budget = budget or (2.0 if quick else 4.0)
     return {
         "ceilings": ceilings(device),
         "training": training_row(name, device, side, 5 if quick else 20),
-        "sampling": sampling_rows(name, device, quick, side, budget),
+        "sampling": sampling_rows(name, device, quick, compiled, side, budget),
     }
 
 
@@ -234,12 +234,14 @@ def main(argv=None):
     parser.add_argument("model", choices=models.SCRIPTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="fewer settings and repeats")
+    compiled = parser.add_argument("--compiled", action=argparse.BooleanOptionalAction)
+    compiled.default, compiled.help = torch.cuda.is_available(), "also compiled [on a GPU]"
     parser.add_argument("--side", type=int, default=SIDE, help="of the images, divisible by 4")
-    parser.add_argument("--seconds", type=float, help="for each setting [2 if quick, else 6]")
+    parser.add_argument("--seconds", type=float, help="for each setting [2 if quick, else 4]")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    result = measure(args.model, device, args.quick, args.side, args.seconds)
+    result = measure(args.model, device, args.quick, args.compiled, args.side, args.seconds)
     if args.out:
         write(args.out, {**environment(), **result})
 

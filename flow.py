@@ -54,7 +54,7 @@ def option(default, help, **limits):
 
 @dataclass
 class Config:
-    train_steps: int = option(2150, "updates", low=1)
+    train_steps: int = option(2000, "updates", low=1)
     batch_size: int = option(128, "images an update, over all ranks", low=1)
     lr: float = option(3e-3, "the highest learning rate", low=0)
     width: int = option(32, "channels inside a local coupling", low=16, multiple=8, fixed=True)

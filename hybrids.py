@@ -71,7 +71,7 @@ class Config:
     temperature: float = option(1.0, "flow-gan: what z is multiplied with", low=0)
     denoising_steps: int = option(4, "diffusion-gan: T", low=1, fixed=True)
     gamma: float = option(1.0, "weight of the gradient penalties in (2)", low=0)
-    adversarial_weight: float = option(1.0, "w in (3)", low=0)
+    adversarial_weight: float = option(None, "w in (3) [1; flow-gan 0.1]", low=0)
     dropout: float = option(0.03, "share of captions, and of words, hidden in training", low=0)
     # >>> copied config
     out: str = option(f"runs/{NAME}", "the run folder", once=True)
@@ -89,9 +89,12 @@ class Config:
     # <<< copied config
 
     def __post_init__(self):
-        steps = {"vae-gan": 1100, "flow-gan": 850, "diffusion-gan": 1300}[self.model]
+        steps = {"vae-gan": 1100, "flow-gan": 780, "diffusion-gan": 1300}[self.model]
         self.train_steps = self.train_steps or steps
-        self.batch_size = self.batch_size or (128 if self.model == "flow-gan" else 32)
+        flow = self.model == "flow-gan"
+        self.batch_size = self.batch_size or (128 if flow else 32)
+        if self.adversarial_weight is None:  # bits are small beside the critic's logits
+            self.adversarial_weight = 0.1 if flow else 1.0
 
 
 # ---------------------------------------------------------------------------------- the models

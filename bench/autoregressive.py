@@ -133,6 +133,7 @@ class GPT(nn.Module):
     def sample(self, z, c, seeds=None):
         """z ~ N(0, I) (B, C, H, W), c (B, E) -> x in [-1, 1], by (3): C x H x W evaluations."""
         u, (b, n) = torch.special.ndtr(z.flatten(1)), z.flatten(1).shape
+        u = u.T.contiguous()
         heads = self.layers[0].heads
         cache = z.new_zeros(len(self.layers), 2, b, heads, n, self.cfg.width // heads)
         values, h = torch.empty(b, n, dtype=torch.long, device=z.device), self.start(c)
@@ -141,7 +142,7 @@ class GPT(nn.Module):
             for layer, kept in zip(self.layers, cache):
                 h = layer(h, kept, i)
             cdf = self.head(self.norm(h))[:, 0].float().softmax(1).cumsum(1)
-            value = torch.searchsorted(cdf, u[:, i : i + 1]).clamp(max=255)[:, 0]
+            value = torch.searchsorted(cdf, u[i][:, None]).clamp(max=255)[:, 0]
             values[:, i], h = value, self.values(value)
         return values.view_as(z) / 127.5 - 1
 

@@ -112,7 +112,7 @@ class Equalize(nn.Module):
         self.register_buffer("p", torch.full((256,), (1 - 2e-6) / 256))
 
     def forward(self, u):
-        k = u.detach().floor().clamp(0, 255).long()
+        k = u.floor().nan_to_num().clamp(0, 255).long()
         y = (1e-6 + (self.p.cumsum(0) - self.p)[k] + self.p[k] * (u - k)).logit()
         return y, (self.p[k].log() - F.logsigmoid(y) - F.logsigmoid(-y)).flatten(1).sum(1)
 
@@ -248,7 +248,8 @@ class Flow(nn.Module):
         self.first.mu.copy_(mean)
         self.first.log_sigma.copy_((square - mean**2).clamp(min=0.25).log() / 2)
 
-    def mean_over_ranks(self, values):
+    @staticmethod
+    def mean_over_ranks(values):
         if dist.is_initialized():
             dist.all_reduce(values)
             values /= dist.get_world_size()

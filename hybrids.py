@@ -133,7 +133,7 @@ class Hybrid(nn.Module):
 
     def critic_loss(self, x, c, seeds):
         """(2) for x (B, C, H, W) in [-1, 1], and metrics. The model is left alone."""
-        x, c, seeds = (a[: -(-len(a) // self.share)] for a in (x, c, seeds))
+        x, c, seeds = (a[:: self.share] for a in (x, c, seeds))
         c_model, c_critic = c.chunk(2, 1)
         with torch.no_grad():
             real, fake, origin, k = self.pair(x, c_model, seeds, 10)
@@ -157,7 +157,7 @@ class Hybrid(nn.Module):
     def generator_loss(self, x, c, seeds, beta=1.0):
         """(3) for x (B, C, H, W) in [-1, 1], and metrics; its gradient comes through the critic."""
         loss, metrics = self.own_loss(x, c.chunk(2, 1)[0], seeds, beta)
-        x, c, seeds = (a[: -(-len(a) // self.share)] for a in (x, c, seeds))
+        x, c, seeds = (a[:: self.share] for a in (x, c, seeds))
         c_model, c_critic = c.chunk(2, 1)
         if self.cfg.adversarial_weight > 0:
             real, fake, origin, k = self.pair(x, c_model, seeds, 20)
@@ -184,6 +184,12 @@ class Hybrid(nn.Module):
         fail(f"--model {self.cfg.model} has no likelihood to evaluate; flow-gan has one")
 
 
+def log2(error):
+    """log2 of a mean over the whole batch, whose gradient is right when ranks average theirs."""
+    whole = Flow.mean_over_ranks(error.detach().clone())
+    return whole.log2() + (error / whole - 1) / math.log(2)
+
+
 class VAEGAN(Hybrid):
     """(4)."""
 
@@ -206,7 +212,7 @@ class VAEGAN(Hybrid):
         phi_x, phi_y = (self.critic.features(torch.cat([a, zeros], 1)).float() for a in (x, y))
         error = F.mse_loss(phi_y, phi_x)
         kl = prior.kl(mu, log_var).sum(1).mean() / (x[0].numel() * math.log(2))
-        loss = 0.5 * error.log2() + 0.05 * F.mse_loss(y, x).log2() + beta * kl
+        loss = 0.5 * log2(error) + 0.05 * log2(F.mse_loss(y, x)) + beta * kl
         return loss, {"feature_error": error, "kl": kl}
 
     @torch.no_grad()
@@ -435,7 +441,7 @@ class Equalize(nn.Module):
         self.register_buffer("p", torch.full((256,), (1 - 2e-6) / 256))
 
     def forward(self, u):
-        k = u.detach().floor().clamp(0, 255).long()
+        k = u.floor().nan_to_num().clamp(0, 255).long()
         y = (1e-6 + (self.p.cumsum(0) - self.p)[k] + self.p[k] * (u - k)).logit()
         return y, (self.p[k].log() - F.logsigmoid(y) - F.logsigmoid(-y)).flatten(1).sum(1)
 
@@ -571,7 +577,8 @@ class Flow(nn.Module):
         self.first.mu.copy_(mean)
         self.first.log_sigma.copy_((square - mean**2).clamp(min=0.25).log() / 2)
 
-    def mean_over_ranks(self, values):
+    @staticmethod
+    def mean_over_ranks(values):
         if dist.is_initialized():
             dist.all_reduce(values)
             values /= dist.get_world_size()

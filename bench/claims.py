@@ -191,6 +191,8 @@ def hybrids_combine(quality):
     pairs = {"vae-gan": "vae", "flow-gan": "flow", "diffusion-gan": "diffusion dpm, 4"}
     lines, better = [], []
     for hybrid, base in pairs.items():
+        if hybrid not in quality or base not in quality:
+            continue
         a, b = (quality[name]["fld"]["mean"] for name in (hybrid, base))
         lines.append(f"FLD {hybrid} {a:.0f}, {base} {b:.0f}")
         better.append(a < b)

@@ -128,7 +128,7 @@ def test_critic_loss_is_relativistic_with_per_image_penalties(name):
     model.__dict__["critic"] = LinearCritic()
     x, c, seeds = batch(8)
     all_of_it = x, c, seeds
-    x, c, seeds = (a[: 8 // model.share] for a in all_of_it)
+    x, c, seeds = (a[:: model.share] for a in all_of_it)
     with torch.no_grad():
         real, fake, origin, _ = model.pair(x, c[:, :16], seeds, 10)
     a, b = ((torch.cat([v, origin], 1).flatten(1) @ w) * (1 + c[:, 16]) for v in (real, fake))

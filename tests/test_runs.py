@@ -93,7 +93,7 @@ def test_resume_after_sigkill_is_bit_equal(model, script, run, data, tmp_path):
 
 
 def test_sigterm_leaves_a_checkpoint_that_resumes_to_the_same_end(model, run, data, tmp_path):
-    flags = ["--train", "--train-steps", "400", "--log-every", "5", "--checkpoint-every", "1000"]
+    flags = ["--train", "--train-steps", "200", "--log-every", "5", "--checkpoint-every", "1000"]
     tiny = [*FLAGS[model], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
     process = subprocess.Popen(
         [sys.executable, f"{script_of(model)}.py", *tiny, *flags, "--out", str(tmp_path / "cut")],
@@ -108,7 +108,7 @@ def test_sigterm_leaves_a_checkpoint_that_resumes_to_the_same_end(model, run, da
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "--resume" in out
     cut = checkpoint(tmp_path / "cut")
-    assert 0 < cut["k"] < 400
+    assert 0 < cut["k"] < 200
     run(*flags, "--out", tmp_path / "whole")
     run(*flags, "--out", tmp_path / "cut", "--resume")
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
@@ -156,7 +156,7 @@ def test_two_ranks_give_one_process_gradients(model, data, tmp_path):
         grads[ranks] = torch.load(tmp_path / f"{ranks}.pt")
     assert all(g.abs().max() > 0 for g in grads[1] if g is not None and g.ndim > 1)
     for one, two in zip(grads[1], grads[2]):
-        assert torch.allclose(one, two, atol=1e-5)
+        assert (one - two).abs().max() < 1e-5 + 5e-3 * one.abs().max()
     assert checkpoint(tmp_path / "1")["k"] == checkpoint(tmp_path / "2")["k"] == 3
 
 

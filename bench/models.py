@@ -46,9 +46,8 @@ def load(name, out, device="cpu"):
     """The model of a run, its averaged weights, and the run's checkpoint."""
     module = script(name)
     run = module.load(Path(out, "checkpoint.pt"))
-    known = {f.name for f in module.fields(module.Config)}
+    known = {f.name for f in module.fields(module.Config)} - {"model", "device"}
     options = {key: value for key, value in run["config"].items() if key in known}
-    options.pop("model", None)
     model = build(name, run["shape"], len(run["vocabulary"]), device, **options)
     model.load_state_dict(run["ema"])
     return model, run

@@ -19,7 +19,7 @@ def tiny(shape=(1, 8, 8), std=0.1, width=16, dtype=torch.float64, **options):
     model = flow.Flow(cfg, shape, 3).to(dtype).requires_grad_(False)
     for p in model.parameters():
         nn.init.normal_(p, std=std)
-    model.equalize.p.copy_((1 - 2e-6) * torch.randn(256).softmax(0))
+    nn.init.normal_(model.equalize.logits)
     return model
 
 

@@ -146,11 +146,15 @@ def plot_quality_against_speed(folder):
         axes.plot(*zip(*sorted(curve)), color="tab:gray", zorder=1)
     for name, (x, y) in points.items():
         axes.scatter(x, y, color="tab:gray" if name.startswith("diffusion ") else "tab:blue")
-        axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        label, place = name, (4, 4) if name != "vae-gan" else (4, -10)
+        if name.startswith("diffusion dpm, ") and not name.endswith(" 50"):
+            label = name.removeprefix("diffusion dpm, ") + " steps"
+        axes.annotate(label, (x, y), xytext=place, textcoords="offset points", fontsize=7)
     real = quality.get("real, held out")
     if real:
         axes.axhline(real["fld"]["mean"], linestyle=":", color="black", linewidth=1)
-        axes.text(axes.get_xlim()[0], real["fld"]["mean"], " real images", va="bottom", fontsize=8)
+        axes.annotate("real images", (min(speed.values()) * 50, real["fld"]["mean"]), fontsize=7)
+    axes.margins(0.1)
     axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FLD (lower is better)")
     figure.savefig(folder / "quality_speed.png", dpi=150)
 

@@ -76,7 +76,8 @@ def test_the_judge_reads_real_images_and_baselines_fail_where_they_should(judge)
     assert one["diversity"] == 0 and 0.5 < real["diversity"] < 1.5
     assert all(np.isfinite(value) for key, value in real.items() if not isinstance(value, dict))
     noise = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
-    far, same = judge.measure(noise, judge.captions_test[:20]), judge.measure(judge.x, judge.captions)
+    far = judge.measure(noise, judge.captions_test[:20])
+    same = judge.measure(judge.x, judge.captions)
     assert far["fld"] > 10 and abs(same["fld"]) < 0.1
 
 

@@ -13,7 +13,7 @@ from conftest import FLAGS, ROOT, script_of
 
 import prior
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TRAIN = ["--train", "--train-steps", "7", "--checkpoint-every", "2", "--log-every", "3"]
 
 # dies by SIGKILL at a moment: in an update, half-way through the second checkpoint's file,

@@ -214,7 +214,8 @@ class GAN(nn.Module):
             loss = F.softplus(self.critic(x, c_critic).detach() - d_fake).mean()
         else:
             loss = F.softplus(-d_fake).mean()
-        collapsed = (fake.detach().std(0).mean() < 0.3 * x.std(0).mean()).float()
+        spread, usual = (a.std(0, correction=0).mean() for a in (fake.detach(), x))
+        collapsed = (spread < 0.3 * usual).float()
         return loss, {"loss": loss.detach(), "collapsed": collapsed}
 
     def loss(self, x, c, seeds):
@@ -236,10 +237,12 @@ class GAN(nn.Module):
 
 
 build = GAN
+# >>> copied warnings
 WARNINGS = {
     "critic_wins": "the critic tells all images apart and teaches nothing: raise --gamma",
     "collapsed": "the images of a batch are nearly the same: modes have collapsed; raise --gamma",
 }
+# <<< copied warnings
 
 
 def make_optimizers(model, cfg):

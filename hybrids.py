@@ -9,13 +9,15 @@
                  likelihood of a normal with its best variance around features of the critic,
                  in place of the pixels'; fakes are decoded from z ~ N(0, I)                   (4)
   flow-gan       L = -log2 p(x), exact; fakes come through the exact inverse                   (5)
-  diffusion-gan  L = 0; of T steps each draws x_s ~ q(x_s | x_t, x^), x^ = G(x_t, t, z, c),
-                 x_t = (1 - t) x + t eps, s = t - 1/T, and D sees x_s beside x_t               (6)
+  diffusion-gan  each of T steps draws x_s' ~ q(x_s | x_t, x^), x^ = G(x_t, t, z, c), where
+                 x_t = (1 - t) x + t eps, s = t - 1/T; D sees x_s' or x_s ~ q(x_s | x_t, x)
+                 beside x_t, drawn with the same noise; L = 10 |x_s' - x_s|^2, a mean           (6)
 
 (4): Larsen et al. 2016, the variance as in Rybkin et al. 2021; what is sharp is what the critic
 sees. (5): Grover et al. 2018; w = 0 is the flow itself. (6): Xiao et al. 2022: over a long step
-q(x_s | x_t) is no Gaussian, so few steps need a G that can draw from many modes. VAE, flow, U-Net
-and critic are those of the other files, copied.
+q(x_s | x_t) is no Gaussian, so few steps need a G that can draw from many modes; L keeps G where
+the critic can follow (Xu et al. 2023, UFOGen). VAE, flow, U-Net and critic are those of the other
+files, copied.
 
   python hybrids.py --train --model vae-gan                    or flow-gan, or diffusion-gan
   python hybrids.py --sample --model vae-gan --caption "bold slanted seven"
@@ -73,7 +75,7 @@ class Config:
     couplings: int = option(27, "flow-gan: how many", low=1, fixed=True)
     temperature: float = option(1.0, "flow-gan: what z is multiplied with", low=0)
     denoising_steps: int = option(4, "diffusion-gan: T", low=1, fixed=True)
-    gamma: float = option(1.0, "weight of the gradient penalties in (2)", low=0)
+    gamma: float = option(None, "weight of the penalties in (2) [1; diffusion-gan 0.05]", low=0)
     adversarial_weight: float = option(None, "w in (3) [1; flow-gan 0.1]", low=0)
     dropout: float = option(0.03, "share of captions, and of words, hidden in training", low=0)
     # >>> copied config
@@ -96,6 +98,8 @@ class Config:
         self.train_steps = self.train_steps or steps
         flow = self.model == "flow-gan"
         self.batch_size = self.batch_size or (128 if flow else 32)
+        if self.gamma is None:  # noise hides what the critic looks for: its gradients are small
+            self.gamma = 0.05 if self.model == "diffusion-gan" else 1.0
         if self.adversarial_weight is None:  # bits are small beside the critic's logits
             self.adversarial_weight = 0.1 if flow else 1.0
 
@@ -106,9 +110,10 @@ class Config:
 class Hybrid(nn.Module):
     """p(x | y) for images of shape (C, H, W) and captions of n_words different words: the critic
     and both losses. A model adds pair, own_loss, sample and, if it can, encode. The critic sees
-    the first of every `share` images of a batch."""
+    the first of every `share` images of a batch. reconstruction: the weight of |fake - real|^2,
+    where a fake is meant for an image."""
 
-    share = 1
+    share, reconstruction = 1, 0.0
 
     def __init__(self, cfg, shape, n_words):
         super().__init__()
@@ -162,14 +167,16 @@ class Hybrid(nn.Module):
         loss, metrics = self.own_loss(x, c.chunk(2, 1)[0], seeds, beta)
         x, c, seeds = (a[:: self.share] for a in (x, c, seeds))
         c_model, c_critic = c.chunk(2, 1)
-        if self.cfg.adversarial_weight > 0:
+        if self.cfg.adversarial_weight + self.reconstruction > 0:
             real, fake, origin, k = self.pair(x, c_model, seeds, 20)
             c_critic = c_critic + self.critic_step(k)
             d_real = self.critic(torch.cat([real, origin], 1), c_critic).detach()
             d_fake = self.critic(torch.cat([fake, origin], 1), c_critic)
             adversarial = F.softplus(d_real - d_fake).mean()
             loss = loss + self.cfg.adversarial_weight * adversarial
-            collapsed = (fake.detach().std(0).mean() < 0.3 * real.std(0).mean()).float()
+            loss = loss + self.reconstruction * F.mse_loss(fake, real)
+            spread, usual = (a.std(0, correction=0).mean() for a in (fake.detach(), real))
+            collapsed = (spread < 0.3 * usual).float()
             metrics |= {"adversarial": adversarial, "collapsed": collapsed}
         metrics = {"loss": loss, **metrics}
         return loss, {name: value.detach() for name, value in metrics.items()}
@@ -280,6 +287,8 @@ def posterior(x, x_t, s, t):
 class DiffusionGAN(Hybrid):
     """(6). The z that all models share is x_1 here; the z of each step comes from the seeds."""
 
+    reconstruction = 10.0
+
     def __init__(self, cfg, shape, n_words):
         super().__init__(cfg, shape, n_words)
         self.latent_shape, e = tuple(shape), cfg.embedding
@@ -287,29 +296,33 @@ class DiffusionGAN(Hybrid):
         self.net = UNet(shape, cfg.width, e)
 
     def denoise(self, x_t, k, c, seeds, stream):
-        """x_s ~ q(x_s | x_t, x^) for x_t (B, C, H, W) at t = k/T, s = (k - 1)/T, k (B,)."""
+        """x^ = G(x_t, t, z, c) for x_t (B, C, H, W) at t = k/T, k (B,)."""
         z = prior.normal(seeds, (self.cfg.latent,), stream)
-        x = self.net(x_t, k / self.cfg.denoising_steps, c + self.mix(z)).float()
+        return self.net(x_t, k / self.cfg.denoising_steps, c + self.mix(z)).float()
+
+    def step_towards(self, x, x_t, k, eps):
+        """x_s ~ q(x_s | x_t, x) for x, x_t, eps (B, C, H, W), s = (k - 1)/T, t = k/T, k (B,)."""
         s, t = (rearrange(i / self.cfg.denoising_steps, "b -> b 1 1 1") for i in (k - 1, k))
         mean, std = posterior(x, x_t, s, t)
-        return mean + std * prior.normal(seeds, x_t.shape[1:], stream + 1)
+        return mean + std * eps
 
     def pair(self, x, c, seeds, stream):
-        """x_s and then x_t from the image, one after the other, and another x_s from that x_t."""
+        """From x_t of the image a step towards the image, and one towards x^."""
         k = 1 + (prior.uniform(seeds, (), stream) * self.cfg.denoising_steps).long()
-        s, t = (rearrange(i / self.cfg.denoising_steps, "b -> b 1 1 1") for i in (k - 1, k))
-        eps_s, eps_t = prior.normal(seeds, (2, *x.shape[1:]), stream + 1).unbind(1)
-        x_s = (1 - s) * x + s * eps_s
-        a = (1 - t) / (1 - s)
-        x_t = a * x_s + (t**2 - (a * s) ** 2).sqrt() * eps_t
-        return x_s, self.denoise(x_t, k, c, seeds, stream + 2), x_t, k
+        eps_t, eps_s = prior.normal(seeds, (2, *x.shape[1:]), stream + 1).unbind(1)
+        t = rearrange(k / self.cfg.denoising_steps, "b -> b 1 1 1")
+        x_t = (1 - t) * x + t * eps_t
+        x_hat = self.denoise(x_t, k, c, seeds, stream + 2)
+        real, fake = (self.step_towards(y, x_t, k, eps_s) for y in (x, x_hat))
+        return real, fake, x_t, k
 
     @torch.no_grad()
     def sample(self, z, c, seeds):
         """z ~ N(0, I) (B, C, H, W), c (B, 2E) -> x in [-1, 1]: T steps, their noise from seeds."""
         x, c = z, c.chunk(2, 1)[0]
-        for k in range(self.cfg.denoising_steps, 0, -1):
-            x = self.denoise(x, torch.full_like(seeds, k), c, seeds, 2 * k)
+        for i in range(self.cfg.denoising_steps, 0, -1):
+            k, eps = torch.full_like(seeds, i), prior.normal(seeds, x.shape[1:], 2 * i + 1)
+            x = self.step_towards(self.denoise(x, k, c, seeds, 2 * i), x, k, eps)
         return x.clamp(-1, 1)
 
 
@@ -318,10 +331,12 @@ def build(cfg, shape, n_words):
     return dict(zip(MODELS, (VAEGAN, FlowGAN, DiffusionGAN)))[cfg.model](cfg, shape, n_words)
 
 
+# >>> copied warnings
 WARNINGS = {
     "critic_wins": "the critic tells all images apart and teaches nothing: raise --gamma",
     "collapsed": "the images of a batch are nearly the same: modes have collapsed; raise --gamma",
 }
+# <<< copied warnings
 
 
 def make_optimizers(model, cfg):

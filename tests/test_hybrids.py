@@ -48,9 +48,13 @@ def test_posterior_is_the_gaussian_that_two_noisings_imply():
 def test_real_pairs_have_the_forward_process_moments():
     model = tiny("diffusion-gan", (1, 4, 4))
     x, seeds = torch.full((40_000, 1, 4, 4), 0.5), torch.arange(40_000)
-    model.denoise = lambda x_t, k, c, seeds, stream: x_t
+    model.denoise = lambda *_: x  # the same noise: a perfect fake is the real one
     x_s, fake, x_t, k = model.pair(x, None, seeds, 10)
-    assert torch.equal(fake, x_t)
+    assert torch.equal(fake, x_s)
+    model.denoise = lambda *_: x + 1
+    x_s, fake, x_t, k = model.pair(x, None, seeds, 10)
+    assert torch.allclose((fake - x_s)[k == 1], torch.ones(1), atol=1e-5)
+    assert torch.allclose((fake - x_s)[k == 4], torch.tensor(0.25), atol=1e-5)
     for step in range(1, 5):
         s, t = (step - 1) / 4, step / 4
         a, b = x_s[k == step].double(), x_t[k == step].double()
@@ -64,14 +68,12 @@ def test_real_pairs_have_the_forward_process_moments():
 
 def test_an_ideal_generator_draws_what_the_forward_process_has():
     """With x^ = x in each step, x_s of all steps have the moments of N((1 - s) x, s^2)."""
-    model = tiny("diffusion-gan", (1, 4, 4))
-    truth = 0.5
-    model.net = None
-    model.__dict__["net"] = lambda x_t, t, c: torch.full_like(x_t, truth)
-    seeds = torch.arange(20_000)
-    x, c = prior.normal(seeds, (1, 4, 4)), torch.zeros(len(seeds), 16)
+    model, truth, seeds = tiny("diffusion-gan", (1, 4, 4)), 0.5, torch.arange(20_000)
+    x = prior.normal(seeds, (1, 4, 4))
+    image = torch.full_like(x, truth)
     for k in (4, 3, 2, 1):
-        x = model.denoise(x, torch.full_like(seeds, k), c, seeds, 2 * k)
+        eps = prior.normal(seeds, (1, 4, 4), k)
+        x = model.step_towards(image, x, torch.full_like(seeds, k), eps)
         s = (k - 1) / 4
         assert abs(x.mean() - (1 - s) * truth) < 0.01
         assert abs(x.std() - s) < 0.01
@@ -142,6 +144,9 @@ def test_critic_loss_is_relativistic_with_per_image_penalties(name):
     _, metrics = model.generator_loss(*all_of_it)
     truth = torch.log1p(torch.exp(a - b)).mean()
     assert metrics["adversarial"].item() == pytest.approx(truth.item(), rel=1e-4)
+    if name == "diffusion-gan":  # its L is known in closed form
+        truth += 10 * (fake - real).square().mean()
+        assert metrics["loss"].item() == pytest.approx(truth.item(), rel=1e-4)
 
 
 def test_vae_gan_loss_is_feature_likelihood_and_kl():

@@ -23,6 +23,7 @@ from diffusion import grid
 
 SEEDS = (0, 1, 2)
 QUICK_SECONDS = 40  # of training, for each model
+EQUAL_SECONDS = 120  # the same for a table of a full call
 
 
 class Rows:
@@ -51,18 +52,15 @@ def time_alone(name, device, quick):
         return report.read(path)
 
 
-def train_all(names, folder, quick, speed, progress):
-    """Trains what has not been trained; in a quick call for equal seconds, as measured."""
+def train_all(names, folder, speed, seconds, progress):
+    """Trains what has not been trained: to the end or, as its speed was measured, for seconds."""
     for name in names:
-        row = speed[name]["training"]
+        row, out = speed[name]["training"], folder / name
         steps = row["train_steps"]
-        if quick:
-            steps = min(steps, max(20, int(QUICK_SECONDS / row["seconds"])))
-        out = folder / name
-        if (
-            not (out / "checkpoint.pt").exists()
-            or models.script(name).load(out / "checkpoint.pt")["k"] < steps
-        ):
+        if seconds:
+            steps = min(steps, max(20, int(seconds / row["seconds"])))
+        path = out / "checkpoint.pt"
+        if not path.exists() or models.script(name).load(path)["k"] < steps:
             progress(f"training: {name}, {steps} updates")
             models.train(name, out, "--train-steps", str(steps), "--n", "4")
 
@@ -97,7 +95,19 @@ def bits_per_dim(name, model, run, judge, n):
     return {"bits_per_dim": spread["mean"], "standard_error": error, "n": n, "kind": kinds[name]}
 
 
-def quality(rows, judge, names, folder, quick, device):
+def score_model(judge, model, run, captions, n_bits, options):
+    """A row of quality.json; options, e.g. steps, change the model's Config."""
+
+    def draw(seed):
+        return models.samples(model, run, captions, seed, **options), captions
+
+    row = {**score(judge, draw), "updates": run["k"], "bits_per_dim": None}
+    if n_bits:
+        row["bits_per_dim"] = bits_per_dim(model.name, model, run, judge, n_bits)
+    return row
+
+
+def quality(rows, judge, loaded, quick):
     """All rows of quality.json."""
     n = 200 if quick else 500
     for name, (x, captions) in judge.baselines(n).items():
@@ -105,49 +115,39 @@ def quality(rows, judge, names, folder, quick, device):
     pixels = claims.independent_pixels(judge, n)
     rows.add("independent pixels", partial(score, judge, lambda seed: pixels))
     captions = models.cycle(judge.captions_test, n)
-    for name in names:
-        model, run = models.load(name, folder / name, device)
-        variants = {name: {}}
+    for name, (model, run) in loaded.items():
+        texts = captions[:40] if name == "autoregressive" and quick else captions
+        n_bits = 50 if quick else 500
+        rows.add(name, partial(score_model, judge, model, run, texts, n_bits, {}))
         if name == "diffusion":
             for steps in (20, 4) if quick else (50, 20, 10, 4, 1):
-                variants[f"diffusion dpm, {steps}"] = {"steps": steps, "guidance": 1.0}
-        texts = captions[:40] if name == "autoregressive" and quick else captions
-
-        def measure(options, name=name, model=model, run=run, texts=texts):
-            def draw(seed):
-                return models.samples(name, model, run, texts, seed, **options), texts
-
-            row = {**score(judge, draw), "updates": run["k"], "bits_per_dim": None}
-            if not options:
-                row["bits_per_dim"] = bits_per_dim(name, model, run, judge, 50 if quick else 500)
-            return row
-
-        for label, options in variants.items():
-            rows.add(label, partial(measure, options))
+                options = {"steps": steps, "guidance": 1.0}
+                measure = partial(score_model, judge, model, run, texts, 0, options)
+                rows.add(f"diffusion dpm, {steps}", measure)
 
 
-def picture(judge, names, folder, out, device):
+def equal_seconds(rows, judge, names, folder, device):
+    """All rows of equal.json: runs that were trained for EQUAL_SECONDS each."""
+    for name in names:
+        captions = models.cycle(judge.captions_test, 100 if name == "autoregressive" else 500)
+        options = {"guidance": 1.0} if name == "diffusion" else {}
+        model, run = models.load(name, folder / name, device)
+        rows.add(name, partial(score_model, judge, model, run, captions, 100, options))
+
+
+def picture(judge, loaded, out):
     """samples.png: a row of samples a model, under the same captions."""
     captions = judge.captions_test[:10]
     columns = [(caption, []) for caption in captions]
-    for name in names:
-        model, run = models.load(name, folder / name, device)
-        for (_, images), x in zip(columns, models.samples(name, model, run, captions, 0)):
+    for model, run in loaded.values():
+        for (_, images), x in zip(columns, models.samples(model, run, captions, 0)):
             images.append(x)
     columns = [(caption, torch.stack(images)) for caption, images in columns]
-    grid(out / "samples.png", columns, names)
+    grid(out / "samples.png", columns, list(loaded))
 
 
-def all_claims(rows, judge, quality, speed, names, folder, device):
+def all_claims(rows, judge, quality, rates, loaded, folder):
     """All rows of claims.json that the models at hand allow."""
-    rates = {
-        row["name"]: row["images_per_s"]
-        for result in speed.values()
-        for row in result["sampling"]
-        if row["mode"] == "eager"
-    }
-
-    loaded = {name: models.load(name, folder / name, device) for name in names}
     rows.add("independent pixels", partial(claims.pixels_are_dependent, quality))
     rows.add("many right images", partial(claims.many_right_images, quality))
     if {"autoregressive", "vae", "flow", "gan"} <= rates.keys():
@@ -187,7 +187,7 @@ def stability(judge, folder, device):
             models.train("gan", out, *(str(v) for flag in flags.items() for v in flag))
             model, run = models.load("gan", out, device)
             captions = models.cycle(judge.captions_test, 500)
-            x = models.samples("gan", model, run, captions, 0)
+            x = models.samples(model, run, captions, 0)
             coverage[label].append(judge.measure(x, captions)["coverage"])
     return claims.gan_is_unstable(coverage)
 
@@ -218,16 +218,21 @@ def main(argv=None):
     speed = Rows(out / "throughput.json", progress)
     for name in names:
         speed.add(name, partial(time_alone, name, args.device, args.quick))
-    train_all(names, folder, args.quick, speed.data["rows"], progress)
+    seconds = QUICK_SECONDS if args.quick else None
+    train_all(names, folder, speed.data["rows"], seconds, progress)
     progress("judge: a classifier of real images")
     judge = Judge()
+    loaded = {name: models.load(name, folder / name, device) for name in names}
     rows = Rows(out / "quality.json", progress)
-    quality(rows, judge, names, folder, args.quick, device)
-    picture(judge, names, folder, out, device)
+    quality(rows, judge, loaded, args.quick)
+    picture(judge, loaded, out)
     report.plot_quality_against_speed(out)
     truth = Rows(out / "claims.json", progress)
-    all_claims(truth, judge, rows.data["rows"], speed.data["rows"], names, folder, device)
+    all_claims(truth, judge, rows.data["rows"], report.eager_rates(out), loaded, folder)
     if not args.quick:
+        equal, fair = folder / "equal", Rows(out / "equal.json", progress)
+        train_all(names, equal, speed.data["rows"], EQUAL_SECONDS, progress)
+        equal_seconds(fair, judge, names, equal, device)
         truth.add("stability", partial(stability, judge, folder, device))
     for name, make in report.TABLES.items():
         print(f"\n{name}\n\n{make(out)}")

@@ -38,7 +38,7 @@ def build(name, shape, n_words, device, **options):
     if SCRIPTS[name] == "hybrids":
         options = {"model": name, **options}
     model = module.build(module.Config(**options), shape, n_words)
-    model.device = torch.device(device)
+    model.name, model.device = name, torch.device(device)
     return model.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
@@ -53,27 +53,26 @@ def load(name, out, device="cpu"):
     return model, run
 
 
-def samples(name, model, run, captions, seed, batch=100, **options):
-    """Images for captions, uint8 (N, C, H, W), as --sample --seed draws them; options, e.g. steps,
-    change the model's Config."""
-    module, images, before = script(name), [], model.cfg
+def samples(model, run, captions, seed, z=None, batch=100, **options):
+    """Images for captions, uint8 (N, C, H, W), as --sample --seed draws them, or decoded from the
+    codes z (N, ...); options, e.g. steps, change the model's Config."""
+    module, images, before = script(model.name), [], model.cfg
     model.cfg = replace(before, **options)
     words = module.to_words(captions, run["vocabulary"]).to(model.device)
     for i in torch.arange(len(captions), device=model.device).split(batch):
         seeds = prior.fold_in(seed, i)
-        z = prior.normal(seeds, model.latent_shape)
-        images.append(module.draw(model, z, model.embed(words[i]), seeds))
+        code = prior.normal(seeds, model.latent_shape) if z is None else z[i.cpu()].to(model.device)
+        images.append(module.draw(model, code, model.embed(words[i]), seeds))
     model.cfg = before
     return torch.cat(images)
 
 
 def encodings(model, run, x, captions, batch=50):
-    """z of images x, uint8 (N, C, H, W), under their captions: (N, ...) on the CPU."""
-    module, z = sys.modules[type(model).__module__], []
+    """z of images x in [-1, 1] (N, C, H, W) under their captions: (N, ...) on the CPU."""
+    module, z = script(model.name), []
     words = module.to_words(captions, run["vocabulary"]).to(model.device)
     for i in torch.arange(len(x)).split(batch):
-        images = x[i].to(model.device) / 127.5 - 1
-        z.append(model.encode(images, model.embed(words[i])).cpu())
+        z.append(model.encode(x[i].to(model.device), model.embed(words[i])).cpu())
     return torch.cat(z)
 
 

@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.linalg import sqrtm
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 import prior
+from bench import models
 from bench.report import environment, write
 from diffusion import DIGITS, digit_attributes, load_data
 
@@ -92,9 +92,13 @@ def manifold_figures(real, fake, k=K):
 def frechet_distance(a, b):
     """Of the normals with the moments of features a (N, F) and b (M, F): Heusel et al. 2017."""
     a, b = (np.asarray(v, float) for v in (a, b))
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    cross = sqrtm(cov_a @ cov_b).real
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * cross)
+    roots, distance = [], ((a.mean(0) - b.mean(0)) ** 2).sum()
+    for covariance in (np.cov(a, rowvar=False), np.cov(b, rowvar=False)):
+        values, vectors = np.linalg.eigh(covariance)
+        roots.append(vectors * np.sqrt(values.clip(0)) @ vectors.T)
+        distance += np.trace(covariance)
+    # tr sqrt(AB) is the nuclear norm of sqrt(A) sqrt(B), also where A or B is singular
+    return distance - 2 * np.linalg.norm(roots[0] @ roots[1], "nuc")
 
 
 def sharpness(x):
@@ -146,12 +150,8 @@ class Judge:
         if self.digits:
             every = torch.cat([self.x, self.x_test])
             digit = np.array([c.split()[2] for c in self.captions + self.captions_test])
-            self.thresholds = {
-                name: [
-                    np.median(a[digit == name]) for a in digit_attributes(every[:, 0].numpy() / 255)
-                ]
-                for name in DIGITS
-            }
+            both = digit_attributes(every[:, 0].numpy() / 255)
+            self.thresholds = {n: [np.median(a[digit == n]) for a in both] for n in DIGITS}
         pixels = self.x.flatten(1).numpy() / 255
         self.nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(pixels)
         self.held_out = self.distance(self.x_test)
@@ -207,7 +207,7 @@ class Judge:
     def baselines(self, n):
         """What real images are, and two ways to fail: name -> images, captions."""
         one = {caption: i for i, caption in enumerate(self.captions)}
-        captions = [self.captions_test[i % len(self.captions_test)] for i in range(n)]
+        captions = models.cycle(self.captions_test, n)
         captions = [caption if caption in one else self.captions[0] for caption in captions]
         replay = torch.arange(n) * len(self.x) // n
         return {

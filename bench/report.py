@@ -56,9 +56,9 @@ def percent(value):
     return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}%"
 
 
-def quality_table(folder):
+def quality_table(folder, file="quality.json"):
     """What the samples are like, a row a model, beside the real images and the baselines."""
-    rows = read(folder / "quality.json").get("rows", {})
+    rows = read(folder / file).get("rows", {})
     names = sorted({name for row in rows.values() for name in row["agreement"]})
     names = [n for n in ("digit", "weight", "slant") if n in names] or names
     others = "fld precision recall density coverage sharpness nearest diversity".split()
@@ -69,6 +69,11 @@ def quality_table(folder):
         bits = row.get("bits_per_dim")
         body.append([name, *cells, number(bits and bits["bits_per_dim"])])
     return table(["images", *names, "FLD", *others[1:], "bits/dim"], body)
+
+
+def equal_table(folder):
+    """The same of models that were trained for equal seconds."""
+    return quality_table(folder, "equal.json")
 
 
 def speed_table(folder):
@@ -106,9 +111,16 @@ def claims_table(folder):
 
 
 TABLES = {
-    "quality": quality_table, "speed": speed_table,
-    "training": training_table, "claims": claims_table,
+    "quality": quality_table, "speed": speed_table, "training": training_table,
+    "equal": equal_table, "claims": claims_table,
 }  # fmt: skip
+
+
+def eager_rates(folder):
+    """Images per second of each sampler, uncompiled, by its name."""
+    results = read(folder / "throughput.json").get("rows", {}).values()
+    rows = [row for result in results for row in result["sampling"]]
+    return {row["name"]: row["images_per_s"] for row in rows if row["mode"] == "eager"}
 
 
 def where(folder):
@@ -131,13 +143,7 @@ def plot_quality_against_speed(folder):
     """One point a model, diffusion as a curve over its steps: Frechet distance, images/s."""
     from matplotlib.figure import Figure
 
-    quality = read(folder / "quality.json")["rows"]
-    speed = {
-        row["name"]: row["images_per_s"]
-        for result in read(folder / "throughput.json")["rows"].values()
-        for row in result["sampling"]
-        if row["mode"] == "eager"
-    }
+    quality, speed = read(folder / "quality.json")["rows"], eager_rates(folder)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     points = {n: (speed[n], quality[n]["fld"]["mean"]) for n in quality if n in speed}

@@ -151,7 +151,7 @@ def sampling_rows(name, device, quick, compiled, side, budget):
             if mode == "compiled" and evaluations > 50:
                 continue  # the same network as with fewer steps
             model = models.build(name, (1, side, side), WORDS, device)
-            model.name, model.cfg = name, replace(model.cfg, **options)
+            model.cfg = replace(model.cfg, **options)
             parameters = sum(p.numel() for p in model.parameters())
             if mode == "compiled":
                 for part in model.children():
@@ -165,7 +165,7 @@ def sampling_rows(name, device, quick, compiled, side, budget):
                     probe()
                 gflops = counter.get_total_flops() / 2e9
             row["gflops_per_image"] = gflops
-            batch = 1
+            batch, best = 1, 0.0
             while batch <= (4096 if device.type == "cuda" else 256):
                 call = sampler(model, batch, mode == "graph")
                 once = seconds(call, device, 1)[0]
@@ -173,13 +173,12 @@ def sampling_rows(name, device, quick, compiled, side, budget):
                 timed = guard.time(call, repeats, tries=2 if quick else 3)
                 rate = batch / timed["seconds"]
                 row["batches"][batch] = {**timed, "images_per_s": rate}
-                if once > budget or (batch > 16 and rate < 0.9 * row["images_per_s"]):
+                slower, best = rate < 0.9 * best, max(rate, best)
+                if once > budget or (batch > 16 and slower):
                     break
-                row["images_per_s"] = max(rate, row.get("images_per_s", 0))
                 batch *= 4
-            row["latency"] = row["batches"][1]["seconds"]
-            row["images_per_s"] = max(b["images_per_s"] for b in row["batches"].values())
-            tflops = row["images_per_s"] * gflops / 1e3
+            row["latency"], row["images_per_s"] = row["batches"][1]["seconds"], best
+            tflops = best * gflops / 1e3
             top = max(v for k, v in ceilings(device).items() if k.endswith("tflops"))
             row["share_of_ceiling"] = tflops / top
             row["peak_memory_mb"] = memory(device)

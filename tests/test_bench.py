@@ -133,11 +133,11 @@ def test_every_model_builds_and_samples_as_its_script_does(name):
             torch.nn.init.normal_(p, std=0.1)
     run = {"vocabulary": ["bright", "dark", "left", "right"]}
     captions = models.cycle(["bright left", "dark"], 5)
-    x = models.samples(name, model, run, captions, 3)
+    x = models.samples(model, run, captions, 3)
     assert x.shape == (5, 1, 8, 8) and x.dtype == torch.uint8
-    again = models.samples(name, model, run, captions, 3, batch=2)
+    again = models.samples(model, run, captions, 3, batch=2)
     assert (x.int() - again.int()).abs().float().mean() < 0.5
-    assert not torch.equal(x, models.samples(name, model, run, captions, 4))
+    assert not torch.equal(x, models.samples(model, run, captions, 4))
 
 
 class TestAutoregressive:

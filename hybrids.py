@@ -69,7 +69,7 @@ class Config:
     train_steps: int = option(None, "updates [as many as the model needs]", low=1)
     batch_size: int = option(None, "images an update, over all ranks [32; flow-gan 128]", low=1)
     lr: float = option(1.5e-3, "the highest learning rate", low=0)
-    width: int = option(64, "channels; a coupling has half", low=32, multiple=16, fixed=True)
+    width: int = option(64, "channels; flow-gan has half", low=32, multiple=16, fixed=True)
     embedding: int = option(256, "size of a text's vector", low=8, fixed=True)
     latent: int = option(12, "D, the size of z, but for flow-gan", low=1, fixed=True)
     couplings: int = option(27, "flow-gan: how many", low=1, fixed=True)
@@ -94,7 +94,7 @@ class Config:
     # <<< copied config
 
     def __post_init__(self):
-        steps = {"vae-gan": 1100, "flow-gan": 700, "diffusion-gan": 1300}[self.model]
+        steps = {"vae-gan": 1100, "flow-gan": 900, "diffusion-gan": 1300}[self.model]
         self.train_steps = self.train_steps or steps
         flow = self.model == "flow-gan"
         self.batch_size = self.batch_size or (128 if flow else 32)
@@ -237,15 +237,16 @@ class VAEGAN(Hybrid):
 
 
 class FlowGAN(Hybrid):
-    """(5). Likelihood is cheap and wants many images: of four, one meets the critic."""
+    """(5). Likelihood is cheap and wants many images: of four, one meets the critic, and both flow
+    and critic have half the channels."""
 
     share = 4
 
     def __init__(self, cfg, shape, n_words):
+        cfg = copy.copy(cfg)
+        cfg.width = cfg.width // 2
         super().__init__(cfg, shape, n_words)
-        half = copy.copy(cfg)
-        half.width = cfg.width // 2
-        self.flow, self.latent_shape = Flow(half, shape, n_words), tuple(shape)
+        self.flow, self.latent_shape = Flow(cfg, shape, n_words), tuple(shape)
         del self.flow.embed  # its texts come through self.text
 
     def prepare(self, x, seeds):

@@ -65,7 +65,7 @@ class Config:
     embedding: int = option(256, "size of the text's vector c", low=8, fixed=True)
     couplings: int = option(27, "how many, two of three dense", low=1, fixed=True)
     temperature: float = option(1.0, "what z is multiplied with", low=0)
-    dropout: float = option(0.03, "share of captions, and of words, hidden in training", low=0)
+    dropout: float = option(0.01, "share of captions, and of words, hidden in training", low=0)
     # >>> copied config
     out: str = option(f"runs/{NAME}", "the run folder", once=True)
     data: str = option("", "an .npz with x and y; without it the built-in captioned digits")
@@ -109,20 +109,24 @@ class Block(nn.Module):
 
 # >>> copied flow
 class Equalize(nn.Module):
-    """(2), elementwise: u in [0, 256] <-> y, with F squeezed into [1e-6, 1 - 1e-6]."""
+    """(2), elementwise: u in [0, 256] <-> y, with F squeezed into [1e-6, 1 - 1e-6]. No bin is so
+    rare that float32 loses its width."""
 
     def __init__(self):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(256))
 
+    def widths(self):
+        return (1 - 2e-6) * (0.99 * self.logits.softmax(0) + 0.01 / 256)
+
     def forward(self, u):
-        p = (1 - 2e-6) * self.logits.softmax(0)
+        p = self.widths()
         k = u.floor().nan_to_num().clamp(0, 255).long()
         y = (1e-6 + (p.cumsum(0) - p)[k] + p[k] * (u - k)).logit()
         return y, (p[k].log() - F.logsigmoid(y) - F.logsigmoid(-y)).flatten(1).sum(1)
 
     def inverse(self, y):
-        p = (1 - 2e-6) * self.logits.softmax(0)
+        p = self.widths()
         cdf, upper = (y.sigmoid() - 1e-6).contiguous(), p.cumsum(0)
         k = torch.searchsorted(upper, cdf).clamp(0, 255)
         return (k + (cdf - (upper - p)[k]) / p[k]).clamp(0, 256)
@@ -182,13 +186,15 @@ class Dense(nn.Module):
 
 
 class Coupling(nn.Module):
-    """(4) and (5) after a fixed permutation of the channels of h (B, C, H, W)."""
+    """(4) and (5) after a fixed permutation of the channels of h (B, C, H, W) or, each third time,
+    of all its values: else values at one place of two patches would never be in two halves."""
 
     def __init__(self, index, shape, width, embedding):
         super().__init__()
         channels, side, _ = shape
-        order = prior.uniform(torch.tensor([index]), (channels,))[0].argsort()
-        self.register_buffer("order", order)
+        units = torch.arange(channels * side**2).view(-1, 1 if index % 3 == 2 else side**2)
+        order = prior.uniform(torch.tensor([index]), (len(units),))[0].argsort()
+        self.register_buffer("order", units[order].flatten())
         kind, half = Dense if index % 3 else Local, channels // 2
         self.network = kind(channels - half, 2 * half, side, width, embedding)
         nn.init.zeros_(self.network.head.weight)
@@ -202,12 +208,13 @@ class Coupling(nn.Module):
         return h1, h2, m, s.tanh()
 
     def forward(self, h, c):
-        h1, h2, m, s = self.split(h[:, self.order], c)
+        h1, h2, m, s = self.split(h.flatten(1)[:, self.order].view_as(h), c)
         return torch.cat([(h2 + m) * s.exp(), h1], 1), s.flatten(1).sum(1)
 
     def inverse(self, h, c):
         h1, h2, m, s = self.split(h, c)
-        return torch.cat([h2 * (-s).exp() - m, h1], 1)[:, self.order.argsort()]
+        h2 = h2 * (-s).exp() - m
+        return torch.cat([h2, h1], 1).flatten(1)[:, self.order.argsort()].view_as(h)
 
 
 # ---------------------------------------------------------------------------------- the model
@@ -220,7 +227,7 @@ def exact(function):
     def run(self, z, *args):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             with torch.autocast(z.device.type, enabled=False):
                 result = function(self, z, *args)
         torch.set_float32_matmul_precision(before)
@@ -247,8 +254,8 @@ class Flow(nn.Module):
         where the data are (Kingma & Dhariwal 2018, section 3.1)."""
         u = self.dequantize(x, seeds)
         counts = torch.bincount(u.long().flatten(), minlength=256).float()
-        p = 0.99 * self.mean_over_ranks(counts / counts.sum()) + 0.01 / 256
-        self.equalize.logits.copy_(p.log())
+        p = self.mean_over_ranks(counts / counts.sum())
+        self.equalize.logits.copy_((p + 1e-6).log())
         h = F.pixel_unshuffle(self.equalize(u)[0], 4)
         mean, square = self.mean_over_ranks(torch.stack([h.mean(0), h.square().mean(0)]))
         self.first.mu.copy_(mean)
@@ -262,12 +269,13 @@ class Flow(nn.Module):
         return values
 
     def dequantize(self, x, seeds):
-        """(1): x in [-1, 1] -> u in (0, 256)."""
-        return ((x + 1) * 127.5).round() + prior.uniform(seeds, x.shape[1:], 2)
+        """(1): x in [-1, 1] -> u in [0, 256), in the bin of x in float32 too."""
+        noise = prior.uniform(seeds, x.shape[1:], 2).clamp(max=1 - 2**-16)
+        return ((x + 1) * 127.5).round() + noise
 
     def forward(self, u, c):
         """u (B, C, H, W) in [0, 256], c (B, E) -> z (B, C, H, W), log |det dz/du| (B,)."""
-        c, (y, log_det) = F.layer_norm(c, c.shape[1:]), self.equalize(u)
+        c, (y, log_det) = F.layer_norm(c.to(self.first.mu), c.shape[1:]), self.equalize(u)
         h = F.pixel_unshuffle(y, 4)                                            # (B, 16C, H/4, W/4)
         for layer in (self.first, *self.couplings, self.last):
             h, more = layer(h, c)
@@ -276,7 +284,7 @@ class Flow(nn.Module):
 
     def inverse(self, z, c):
         """z (B, C, H, W), c (B, E) -> u (B, C, H, W)."""
-        c, h = F.layer_norm(c, c.shape[1:]), F.pixel_unshuffle(z, 4)
+        c, h = F.layer_norm(c.to(self.first.mu), c.shape[1:]), F.pixel_unshuffle(z, 4)
         for layer in (self.last, *reversed(self.couplings), self.first):
             h = layer.inverse(h, c)
         return self.equalize.inverse(F.pixel_shuffle(h, 4))
@@ -289,8 +297,9 @@ class Flow(nn.Module):
     bits_per_dim = exact(bits)
 
     def loss(self, x, c, seeds):
-        """The mean of bits, and metrics."""
-        loss = self.bits(x, c, seeds).mean()
+        """The mean of bits, and metrics. Never in bf16."""
+        with torch.autocast(x.device.type, enabled=False):
+            loss = self.bits(x, c, seeds).mean()
         return loss, {"loss": loss.detach()}
 
     @exact
@@ -322,7 +331,7 @@ def step(model, ema, optimizers, x, words, seeds, k, cfg):
     if k == 0:
         model.set_from_data(x, seeds)
         ema.load_state_dict(model.state_dict())
-    loss, metrics = model.loss(x, model.embed(hide(words, seeds, cfg.dropout)), seeds)  # no bf16
+    loss, metrics = model.loss(x, model.embed(hide(words, seeds, cfg.dropout)), seeds)
     rate = cfg.lr * min((k + 1) / (0.05 * cfg.train_steps), 1 - k / cfg.train_steps)
     metrics["grad_norm"] = update(optimizers[0], loss, rate)
     weights = [p.detach() for p in model.parameters()]
@@ -451,6 +460,15 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
+def compile_parts(model):
+    """torch.compile for each part of a model; of one with an inverse, for what both ways share."""
+    for part in model.children():
+        if isinstance(part, nn.ModuleList) or hasattr(part, "inverse"):
+            compile_parts(part)
+        else:
+            part.compile()
+
+
 def progress(items=None, **options):
     """items under a progress bar on stderr."""
     from tqdm import tqdm
@@ -517,8 +535,8 @@ def train(cfg, checkpoint):
             optimizer.load_state_dict(state)
     for optimizer in optimizers:
         optimizer.found_inf = torch.zeros((), device=device)
-    for part in model.children() if cfg.compile else ():
-        part.compile()
+    if cfg.compile:
+        compile_parts(model)
     if ranks > 1:
         dist.init_process_group()
     if RANK == 0:
@@ -774,8 +792,8 @@ def main(argv=None):
     model.load_state_dict(run["ema"])
     model.device = find_device(cfg)
     model.to(model.device, memory_format=torch.channels_last).requires_grad_(False)
-    for part in model.children() if cfg.compile else ():
-        part.compile()
+    if cfg.compile:
+        compile_parts(model)
     for verb in asked:
         VERBS[verb](model, cfg, run)
 

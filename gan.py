@@ -134,7 +134,8 @@ class Critic(nn.Module):
 
 
 def penalty(critic, x, c):
-    """|grad_x D(x, c)|^2 of each image, (B,), with a graph for D's parameters (5)."""
+    """|grad_x D(x, c)|^2 of each image, (B,), with a graph for D's parameters (5). critic: a
+    function, and no compiled one, which has no second derivative."""
     x = x.detach().requires_grad_()
     d = critic(x, c)
     (gradient,) = torch.autograd.grad(d.sum(), x, create_graph=True)
@@ -193,7 +194,8 @@ class GAN(nn.Module):
         with torch.no_grad():
             fake = self.generator(prior.normal(seeds, self.latent_shape), c_generator)
         with torch.enable_grad():
-            d, squares = penalty(self.critic, torch.cat([x, fake]), torch.cat([c_critic, c_critic]))
+            images, texts = torch.cat([x, fake]), torch.cat([c_critic, c_critic])
+            d, squares = penalty(self.critic.forward, images, texts)
         (d_real, d_fake), (r1, r2) = d.chunk(2), squares.chunk(2)
         r1, r2, margin = r1.mean(), r2.mean(), d_real - d_fake
         if self.cfg.loss == "relativistic":
@@ -393,6 +395,15 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
+def compile_parts(model):
+    """torch.compile for each part of a model; of one with an inverse, for what both ways share."""
+    for part in model.children():
+        if isinstance(part, nn.ModuleList) or hasattr(part, "inverse"):
+            compile_parts(part)
+        else:
+            part.compile()
+
+
 def progress(items=None, **options):
     """items under a progress bar on stderr."""
     from tqdm import tqdm
@@ -459,8 +470,8 @@ def train(cfg, checkpoint):
             optimizer.load_state_dict(state)
     for optimizer in optimizers:
         optimizer.found_inf = torch.zeros((), device=device)
-    for part in model.children() if cfg.compile else ():
-        part.compile()
+    if cfg.compile:
+        compile_parts(model)
     if ranks > 1:
         dist.init_process_group()
     if RANK == 0:
@@ -716,8 +727,8 @@ def main(argv=None):
     model.load_state_dict(run["ema"])
     model.device = find_device(cfg)
     model.to(model.device, memory_format=torch.channels_last).requires_grad_(False)
-    for part in model.children() if cfg.compile else ():
-        part.compile()
+    if cfg.compile:
+        compile_parts(model)
     for verb in asked:
         VERBS[verb](model, cfg, run)
 

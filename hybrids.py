@@ -5,16 +5,16 @@
   D's loss       softplus(D(fake) - D(real)) + gamma/2 (R1 + R2), as in gan.py                 (2)
   G's loss       L + w softplus(D(real) - D(fake)), with an L of its own for each model:       (3)
 
-  vae-gan        L = 1/2 log2 E |phi(x) - phi(x^)|^2 + beta KL, in bits per pixel value: the
-                 likelihood of a normal with its best variance around features of the critic,
-                 in place of the pixels'; fakes are decoded from z ~ N(0, I)                   (4)
-  flow-gan       L = -log2 p(x), exact; fakes come through the exact inverse                   (5)
+  vae-gan        L = 1/2 log2 E |phi(x) - phi(x^)|^2 + 1/20 log2 E |x - x^|^2 + beta KL, bits per
+                 feature and per pixel value: normals with the best variance around features of
+                 the critic and, which steadies it, pixels; fakes are decoded from z ~ N(0, I)  (4)
+  flow-gan       L = -log2 p(u), exact, u dequantized; fakes come through the exact inverse    (5)
   diffusion-gan  each of T steps draws x_s' ~ q(x_s | x_t, x^), x^ = G(x_t, t, z, c), where
                  x_t = (1 - t) x + t eps, s = t - 1/T; D sees x_s' or x_s ~ q(x_s | x_t, x)
                  beside x_t, drawn with the same noise; L = 10 |x_s' - x_s|^2, a mean           (6)
 
 (4): Larsen et al. 2016, the variance as in Rybkin et al. 2021; what is sharp is what the critic
-sees. (5): Grover et al. 2018; w = 0 is the flow itself. (6): Xiao et al. 2022: over a long step
+sees. (5): Grover et al. 2018; w = 0 is the flow's own loss. (6): Xiao et al. 2022: over a long step
 q(x_s | x_t) is no Gaussian, so few steps need a G that can draw from many modes; L keeps G where
 the critic can follow (Xu et al. 2023, UFOGen). VAE, flow, U-Net and critic are those of the other
 files, copied.
@@ -150,7 +150,7 @@ class Hybrid(nn.Module):
         origins, cs = torch.cat([origin, origin]), torch.cat([c_critic, c_critic])
 
         def critic(x, c):
-            return self.critic(torch.cat([x, origins], 1), c)
+            return self.critic.forward(torch.cat([x, origins], 1), c)  # uncompiled: see penalty
 
         with torch.enable_grad():
             d, squares = penalty(critic, torch.cat([real, fake]), cs)
@@ -169,12 +169,13 @@ class Hybrid(nn.Module):
         c_model, c_critic = c.chunk(2, 1)
         if self.cfg.adversarial_weight + self.reconstruction > 0:
             real, fake, origin, k = self.pair(x, c_model, seeds, 20)
+            loss = loss + self.reconstruction * F.mse_loss(fake, real)
+        if self.cfg.adversarial_weight > 0:
             c_critic = c_critic + self.critic_step(k)
             d_real = self.critic(torch.cat([real, origin], 1), c_critic).detach()
             d_fake = self.critic(torch.cat([fake, origin], 1), c_critic)
             adversarial = F.softplus(d_real - d_fake).mean()
             loss = loss + self.cfg.adversarial_weight * adversarial
-            loss = loss + self.reconstruction * F.mse_loss(fake, real)
             spread, usual = (a.std(0, correction=0).mean() for a in (fake.detach(), real))
             collapsed = (spread < 0.3 * usual).float()
             metrics |= {"adversarial": adversarial, "collapsed": collapsed}
@@ -213,8 +214,7 @@ class VAEGAN(Hybrid):
         return x, self.decoder(z, c), torch.zeros_like(x), seeds.new_zeros(len(x))
 
     def own_loss(self, x, c, seeds, beta):
-        """(4) in bits per pixel value, and a tenth of the same for the pixels, which steadies it.
-        The critic's features are a ruler here: step gives its parameters no gradient."""
+        """(4). The critic's features are a ruler here: step gives its parameters no gradient."""
         mu, log_var = self.encoder(x, c)
         z = prior.reparameterize(mu, log_var, prior.normal(seeds, mu.shape[1:]))
         y = self.decoder(z, c)
@@ -250,6 +250,8 @@ class FlowGAN(Hybrid):
         del self.flow.embed  # its texts come through self.text
 
     def prepare(self, x, seeds):
+        if dist.is_initialized() and len(x) % self.share:
+            fail(f"--batch-size: take a multiple of {self.share} for each rank")
         self.flow.set_from_data(x, seeds)
 
     def pair(self, x, c, seeds, stream):
@@ -260,8 +262,7 @@ class FlowGAN(Hybrid):
         return real, fake, torch.zeros_like(x), seeds.new_zeros(len(x))
 
     def own_loss(self, x, c, seeds, beta):
-        with torch.autocast(x.device.type, enabled=False):
-            loss, metrics = self.flow.loss(x, c, seeds)
+        loss, metrics = self.flow.loss(x, c, seeds)
         return loss, {"bits": metrics["loss"]}
 
     def sample(self, z, c, seeds=None):
@@ -273,7 +274,7 @@ class FlowGAN(Hybrid):
         return self.flow.encode(x, c.chunk(2, 1)[0])
 
     def bits_per_dim(self, x, c, seeds):
-        """-log2 p(x | c) per pixel value, (B,), for x (B, C, H, W) in [-1, 1]: exact."""
+        """-log2 p(u | c) per pixel value, (B,), for x (B, C, H, W) in [-1, 1]: exact."""
         return self.flow.bits_per_dim(x, c.chunk(2, 1)[0], seeds)
 
 
@@ -379,6 +380,7 @@ def step(model, ema, optimizers, x, words, seeds, k, cfg):
 
 
 # ------------------------------------------------- the networks of the other files
+# Equation numbers from here on are those of the file that a block is from.
 
 
 # >>> copied block
@@ -453,20 +455,24 @@ class Decoder(nn.Module):
 
 # >>> copied flow
 class Equalize(nn.Module):
-    """(2), elementwise: u in [0, 256] <-> y, with F squeezed into [1e-6, 1 - 1e-6]."""
+    """(2), elementwise: u in [0, 256] <-> y, with F squeezed into [1e-6, 1 - 1e-6]. No bin is so
+    rare that float32 loses its width."""
 
     def __init__(self):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(256))
 
+    def widths(self):
+        return (1 - 2e-6) * (0.99 * self.logits.softmax(0) + 0.01 / 256)
+
     def forward(self, u):
-        p = (1 - 2e-6) * self.logits.softmax(0)
+        p = self.widths()
         k = u.floor().nan_to_num().clamp(0, 255).long()
         y = (1e-6 + (p.cumsum(0) - p)[k] + p[k] * (u - k)).logit()
         return y, (p[k].log() - F.logsigmoid(y) - F.logsigmoid(-y)).flatten(1).sum(1)
 
     def inverse(self, y):
-        p = (1 - 2e-6) * self.logits.softmax(0)
+        p = self.widths()
         cdf, upper = (y.sigmoid() - 1e-6).contiguous(), p.cumsum(0)
         k = torch.searchsorted(upper, cdf).clamp(0, 255)
         return (k + (cdf - (upper - p)[k]) / p[k]).clamp(0, 256)
@@ -526,13 +532,15 @@ class Dense(nn.Module):
 
 
 class Coupling(nn.Module):
-    """(4) and (5) after a fixed permutation of the channels of h (B, C, H, W)."""
+    """(4) and (5) after a fixed permutation of the channels of h (B, C, H, W) or, each third time,
+    of all its values: else values at one place of two patches would never be in two halves."""
 
     def __init__(self, index, shape, width, embedding):
         super().__init__()
         channels, side, _ = shape
-        order = prior.uniform(torch.tensor([index]), (channels,))[0].argsort()
-        self.register_buffer("order", order)
+        units = torch.arange(channels * side**2).view(-1, 1 if index % 3 == 2 else side**2)
+        order = prior.uniform(torch.tensor([index]), (len(units),))[0].argsort()
+        self.register_buffer("order", units[order].flatten())
         kind, half = Dense if index % 3 else Local, channels // 2
         self.network = kind(channels - half, 2 * half, side, width, embedding)
         nn.init.zeros_(self.network.head.weight)
@@ -546,12 +554,13 @@ class Coupling(nn.Module):
         return h1, h2, m, s.tanh()
 
     def forward(self, h, c):
-        h1, h2, m, s = self.split(h[:, self.order], c)
+        h1, h2, m, s = self.split(h.flatten(1)[:, self.order].view_as(h), c)
         return torch.cat([(h2 + m) * s.exp(), h1], 1), s.flatten(1).sum(1)
 
     def inverse(self, h, c):
         h1, h2, m, s = self.split(h, c)
-        return torch.cat([h2 * (-s).exp() - m, h1], 1)[:, self.order.argsort()]
+        h2 = h2 * (-s).exp() - m
+        return torch.cat([h2, h1], 1).flatten(1)[:, self.order.argsort()].view_as(h)
 
 
 # ---------------------------------------------------------------------------------- the model
@@ -564,7 +573,7 @@ def exact(function):
     def run(self, z, *args):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             with torch.autocast(z.device.type, enabled=False):
                 result = function(self, z, *args)
         torch.set_float32_matmul_precision(before)
@@ -591,8 +600,8 @@ class Flow(nn.Module):
         where the data are (Kingma & Dhariwal 2018, section 3.1)."""
         u = self.dequantize(x, seeds)
         counts = torch.bincount(u.long().flatten(), minlength=256).float()
-        p = 0.99 * self.mean_over_ranks(counts / counts.sum()) + 0.01 / 256
-        self.equalize.logits.copy_(p.log())
+        p = self.mean_over_ranks(counts / counts.sum())
+        self.equalize.logits.copy_((p + 1e-6).log())
         h = F.pixel_unshuffle(self.equalize(u)[0], 4)
         mean, square = self.mean_over_ranks(torch.stack([h.mean(0), h.square().mean(0)]))
         self.first.mu.copy_(mean)
@@ -606,12 +615,13 @@ class Flow(nn.Module):
         return values
 
     def dequantize(self, x, seeds):
-        """(1): x in [-1, 1] -> u in (0, 256)."""
-        return ((x + 1) * 127.5).round() + prior.uniform(seeds, x.shape[1:], 2)
+        """(1): x in [-1, 1] -> u in [0, 256), in the bin of x in float32 too."""
+        noise = prior.uniform(seeds, x.shape[1:], 2).clamp(max=1 - 2**-16)
+        return ((x + 1) * 127.5).round() + noise
 
     def forward(self, u, c):
         """u (B, C, H, W) in [0, 256], c (B, E) -> z (B, C, H, W), log |det dz/du| (B,)."""
-        c, (y, log_det) = F.layer_norm(c, c.shape[1:]), self.equalize(u)
+        c, (y, log_det) = F.layer_norm(c.to(self.first.mu), c.shape[1:]), self.equalize(u)
         h = F.pixel_unshuffle(y, 4)                                            # (B, 16C, H/4, W/4)
         for layer in (self.first, *self.couplings, self.last):
             h, more = layer(h, c)
@@ -620,7 +630,7 @@ class Flow(nn.Module):
 
     def inverse(self, z, c):
         """z (B, C, H, W), c (B, E) -> u (B, C, H, W)."""
-        c, h = F.layer_norm(c, c.shape[1:]), F.pixel_unshuffle(z, 4)
+        c, h = F.layer_norm(c.to(self.first.mu), c.shape[1:]), F.pixel_unshuffle(z, 4)
         for layer in (self.last, *reversed(self.couplings), self.first):
             h = layer.inverse(h, c)
         return self.equalize.inverse(F.pixel_shuffle(h, 4))
@@ -633,8 +643,9 @@ class Flow(nn.Module):
     bits_per_dim = exact(bits)
 
     def loss(self, x, c, seeds):
-        """The mean of bits, and metrics."""
-        loss = self.bits(x, c, seeds).mean()
+        """The mean of bits, and metrics. Never in bf16."""
+        with torch.autocast(x.device.type, enabled=False):
+            loss = self.bits(x, c, seeds).mean()
         return loss, {"loss": loss.detach()}
 
     @exact
@@ -737,7 +748,8 @@ class Critic(nn.Module):
 
 
 def penalty(critic, x, c):
-    """|grad_x D(x, c)|^2 of each image, (B,), with a graph for D's parameters (5)."""
+    """|grad_x D(x, c)|^2 of each image, (B,), with a graph for D's parameters (5). critic: a
+    function, and no compiled one, which has no second derivative."""
     x = x.detach().requires_grad_()
     d = critic(x, c)
     (gradient,) = torch.autograd.grad(d.sum(), x, create_graph=True)
@@ -868,6 +880,15 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
+def compile_parts(model):
+    """torch.compile for each part of a model; of one with an inverse, for what both ways share."""
+    for part in model.children():
+        if isinstance(part, nn.ModuleList) or hasattr(part, "inverse"):
+            compile_parts(part)
+        else:
+            part.compile()
+
+
 def progress(items=None, **options):
     """items under a progress bar on stderr."""
     from tqdm import tqdm
@@ -934,8 +955,8 @@ def train(cfg, checkpoint):
             optimizer.load_state_dict(state)
     for optimizer in optimizers:
         optimizer.found_inf = torch.zeros((), device=device)
-    for part in model.children() if cfg.compile else ():
-        part.compile()
+    if cfg.compile:
+        compile_parts(model)
     if ranks > 1:
         dist.init_process_group()
     if RANK == 0:
@@ -1191,8 +1212,8 @@ def main(argv=None):
     model.load_state_dict(run["ema"])
     model.device = find_device(cfg)
     model.to(model.device, memory_format=torch.channels_last).requires_grad_(False)
-    for part in model.children() if cfg.compile else ():
-        part.compile()
+    if cfg.compile:
+        compile_parts(model)
     for verb in asked:
         VERBS[verb](model, cfg, run)
 

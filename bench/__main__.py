@@ -3,8 +3,9 @@
   python -m bench --quick          in minutes on a CPU: trains each model for a short, equal time
   python -m bench                  on the runs in runs/, which it trains where there are none
 
-writes throughput.json, quality.json, claims.json, quality_speed.png and samples.png into --out, row
-by row: an interrupted call goes on where it stopped, rows that are there are not measured again.
+writes throughput.json, quality.json, equal.json (after as many seconds of training for all),
+claims.json, quality_speed.png and samples.png into --out, row by row: an interrupted call goes on
+where it stopped, rows that are there are not measured again.
 """
 
 import argparse
@@ -23,23 +24,32 @@ from diffusion import grid
 
 SEEDS = (0, 1, 2)
 QUICK_SECONDS = 40  # of training, for each model
-EQUAL_SECONDS = 120  # the same for a table of a full call
+EQUAL_SECONDS = 60  # the same for a table of a full call
 
 
 class Rows:
-    """The rows of a result file by name, written after each."""
+    """The rows of a result file by name, written after each, with the commit that measured it."""
 
-    def __init__(self, path, progress):
-        self.path, self.progress = path, progress
-        self.data = report.read(path) or {**report.environment(), "rows": {}}
+    def __init__(self, path, device, progress):
+        self.path, self.progress, here = path, progress, report.environment(device.type)
+        self.data, self.commit = report.read(path) or {**here, "rows": {}}, here["commit"]
+        for key in ("device", "torch"):
+            if self.data[key] != here[key]:
+                fail(f"{path} has {key} {self.data[key]}, here is {here[key]}: take another --out")
 
-    def add(self, name, measure):
-        """Puts measure() under name, unless it is there."""
-        if name not in self.data["rows"]:
+    def add(self, name, measure, again=False, **stamp):
+        """Puts measure() under name, unless it is there with the same stamp, e.g. updates."""
+        row = self.data["rows"].get(name)
+        if again or row is None or any(row.get(k) != v for k, v in stamp.items()):
             self.progress(f"{self.path.stem}: {name}")
-            self.data["rows"][name] = measure()
+            self.data["rows"][name] = {"commit": self.commit, **measure(), **stamp}
             report.write(self.path, self.data)
         return self.data["rows"][name]
+
+
+def fail(message):
+    print(f"bench: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def time_alone(name, device, quick):
@@ -52,17 +62,25 @@ def time_alone(name, device, quick):
         return report.read(path)
 
 
-def train_all(names, folder, speed, seconds, progress):
+def train_all(names, folder, device, speed, seconds, progress):
     """Trains what has not been trained: to the end or, as its speed was measured, for seconds."""
     for name in names:
         row, out = speed[name]["training"], folder / name
         steps = row["train_steps"]
         if seconds:
-            steps = min(steps, max(20, int(seconds / row["seconds"])))
+            steps = min(steps, max(20, int(seconds / row["seconds"]) // 10 * 10))
         path = out / "checkpoint.pt"
-        if not path.exists() or models.script(name).load(path)["k"] < steps:
-            progress(f"training: {name}, {steps} updates")
-            models.train(name, out, "--train-steps", str(steps), "--n", "4")
+        if path.exists():
+            before = models.script(name).load(path)
+            if before["config"]["train_steps"] != steps:
+                fail(f"{out} was trained for other than {steps} updates: take another --runs")
+            if before["k"] == steps:
+                continue
+        progress(f"training: {name}, {steps} updates")
+        flags = ("--train-steps", str(steps), "--n", "4", "--device", device.type)
+        models.train(name, out, *flags)
+        if models.script(name).load(path)["k"] < steps:
+            fail("stopped; the same call goes on from here")
 
 
 def score(judge, draw):
@@ -84,6 +102,7 @@ def bits_per_dim(name, model, run, judge, n):
     kinds |= {"diffusion": "ODE estimate", "autoregressive": "exact"}
     if name not in kinds:
         return None
+    n = min(n, len(judge.x_test))
     words = models.script(name).to_words(judge.captions_test[:n], run["vocabulary"])
     values = []
     for i in torch.arange(n).split(50):
@@ -101,7 +120,7 @@ def score_model(judge, model, run, captions, n_bits, options):
     def draw(seed):
         return models.samples(model, run, captions, seed, **options), captions
 
-    row = {**score(judge, draw), "updates": run["k"], "bits_per_dim": None}
+    row = {**score(judge, draw), "bits_per_dim": None}
     if n_bits:
         row["bits_per_dim"] = bits_per_dim(model.name, model, run, judge, n_bits)
     return row
@@ -118,21 +137,23 @@ def quality(rows, judge, loaded, quick):
     for name, (model, run) in loaded.items():
         texts = captions[:40] if name == "autoregressive" and quick else captions
         n_bits = 50 if quick else 500
-        rows.add(name, partial(score_model, judge, model, run, texts, n_bits, {}))
+        measure = partial(score_model, judge, model, run, texts, n_bits, {})
+        rows.add(name, measure, updates=run["k"])
         if name == "diffusion":
             for steps in (20, 4) if quick else (50, 20, 10, 4, 1):
                 options = {"steps": steps, "guidance": 1.0}
                 measure = partial(score_model, judge, model, run, texts, 0, options)
-                rows.add(f"diffusion dpm, {steps}", measure)
+                rows.add(f"diffusion dpm, {steps}", measure, updates=run["k"])
 
 
 def equal_seconds(rows, judge, names, folder, device):
     """All rows of equal.json: runs that were trained for EQUAL_SECONDS each."""
+    captions = models.cycle(judge.captions_test, 500)
     for name in names:
-        captions = models.cycle(judge.captions_test, 100 if name == "autoregressive" else 500)
         options = {"guidance": 1.0} if name == "diffusion" else {}
         model, run = models.load(name, folder / name, device)
-        rows.add(name, partial(score_model, judge, model, run, captions, 100, options))
+        measure = partial(score_model, judge, model, run, captions, 100, options)
+        rows.add(name, measure, updates=run["k"])
 
 
 def picture(judge, loaded, out):
@@ -148,19 +169,24 @@ def picture(judge, loaded, out):
 
 def all_claims(rows, judge, quality, rates, loaded, folder):
     """All rows of claims.json that the models at hand allow."""
-    rows.add("independent pixels", partial(claims.pixels_are_dependent, quality))
-    rows.add("many right images", partial(claims.many_right_images, quality))
+    tables = [
+        ("independent pixels", claims.pixels_are_dependent, quality),
+        ("many right images", claims.many_right_images, quality),
+    ]
     if {"autoregressive", "vae", "flow", "gan"} <= rates.keys():
-        rows.add("autoregression", partial(claims.autoregression_is_slow, rates))
+        tables.append(("autoregression", claims.autoregression_is_slow, rates))
     if {"vae", "flow", "gan"} <= quality.keys():
-        rows.add("blurry", partial(claims.vae_is_blurry, quality))
+        tables.append(("blurry", claims.vae_is_blurry, quality))
+    if {"vae", "diffusion"} <= quality.keys():
+        tables.append(("diffusion", claims.diffusion_is_best_and_slow, quality, rates))
+    if claims.hybrid_pairs(quality):
+        tables.append(("hybrids", claims.hybrids_combine, quality))
+    for name, function, *given in tables:  # of other rows, which may be new
+        rows.add(name, partial(function, *given), again=True)
     if "flow" in loaded:
         rows.add("exact", partial(claims.flow_is_exact, *loaded["flow"], judge))
-    if {"vae", "diffusion"} <= quality.keys():
-        rows.add("diffusion", partial(claims.diffusion_is_best_and_slow, quality, rates))
     if "gan" in loaded:
         rows.add("critic", partial(claims.critic_ends_at_a_half, folder / "gan"))
-    rows.add("hybrids", partial(claims.hybrids_combine, quality))
     for name in {"vae", "flow", "diffusion"} & loaded.keys():
         claim = partial(claims.code_is_normal, name, *loaded[name], judge)
         rows.add(f"code, {name}", claim)
@@ -184,6 +210,7 @@ def stability(judge, folder, device):
         for seed in SEEDS:
             out = folder / f"gan-gamma-{gamma}-seed-{seed}"
             flags = {"--train-steps": 300, "--gamma": gamma, "--seed": seed, "--n": 4}
+            flags["--device"] = device.type
             models.train("gan", out, *(str(v) for flag in flags.items() for v in flag))
             model, run = models.load("gan", out, device)
             captions = models.cycle(judge.captions_test, 500)
@@ -197,13 +224,13 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="minutes; says what it skips")
-    parser.add_argument("--out", type=Path, help="[bench/results, or runs/quick/results]")
+    parser.add_argument("--out", type=Path, help="[results, in the folder of the runs]")
     parser.add_argument("--runs", type=Path, help="folder of the runs [runs, or runs/quick]")
     parser.add_argument("--models", nargs="+", choices=models.SCRIPTS, default=list(models.SCRIPTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    folder = args.runs or Path("runs/quick" if args.quick else "runs")
-    out = args.out or (folder / "results" if args.quick else report.RESULTS)
+    folder = (args.runs or Path("runs/quick" if args.quick else "runs")).resolve()
+    out = args.out or folder / "results"
     out.mkdir(parents=True, exist_ok=True)
     start, names = time.time(), args.models
 
@@ -215,26 +242,27 @@ def main(argv=None):
         progress("skipped: ddpm with 1000 steps, training to the end,")
         progress("         and the claim on the stability of GANs")
         progress("reduced: 200 samples a seed, 40 of the autoregressive model")
-    speed = Rows(out / "throughput.json", progress)
+    speed = Rows(out / "throughput.json", device, progress)
     for name in names:
         speed.add(name, partial(time_alone, name, args.device, args.quick))
     seconds = QUICK_SECONDS if args.quick else None
-    train_all(names, folder, speed.data["rows"], seconds, progress)
+    train_all(names, folder, device, speed.data["rows"], seconds, progress)
     progress("judge: a classifier of real images")
     judge = Judge()
     loaded = {name: models.load(name, folder / name, device) for name in names}
-    rows = Rows(out / "quality.json", progress)
+    rows = Rows(out / "quality.json", device, progress)
     quality(rows, judge, loaded, args.quick)
     picture(judge, loaded, out)
     report.plot_quality_against_speed(out)
-    truth = Rows(out / "claims.json", progress)
+    truth = Rows(out / "claims.json", device, progress)
     all_claims(truth, judge, rows.data["rows"], report.eager_rates(out), loaded, folder)
     if not args.quick:
-        equal, fair = folder / "equal", Rows(out / "equal.json", progress)
-        train_all(names, equal, speed.data["rows"], EQUAL_SECONDS, progress)
+        equal, fair = folder / "equal", Rows(out / "equal.json", device, progress)
+        train_all(names, equal, device, speed.data["rows"], EQUAL_SECONDS, progress)
         equal_seconds(fair, judge, names, equal, device)
-        truth.add("stability", partial(stability, judge, folder, device))
-    for name, make in report.TABLES.items():
+        if "gan" in names:
+            truth.add("stability", partial(stability, judge, folder, device))
+    for name, (make, _) in report.TABLES.items():
         print(f"\n{name}\n\n{make(out)}")
     progress(f"done: {out}")
 

@@ -302,6 +302,15 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
+def compile_parts(model):
+    """torch.compile for each part of a model; of one with an inverse, for what both ways share."""
+    for part in model.children():
+        if isinstance(part, nn.ModuleList) or hasattr(part, "inverse"):
+            compile_parts(part)
+        else:
+            part.compile()
+
+
 def progress(items=None, **options):
     """items under a progress bar on stderr."""
     from tqdm import tqdm
@@ -368,8 +377,8 @@ def train(cfg, checkpoint):
             optimizer.load_state_dict(state)
     for optimizer in optimizers:
         optimizer.found_inf = torch.zeros((), device=device)
-    for part in model.children() if cfg.compile else ():
-        part.compile()
+    if cfg.compile:
+        compile_parts(model)
     if ranks > 1:
         dist.init_process_group()
     if RANK == 0:
@@ -625,8 +634,8 @@ def main(argv=None):
     model.load_state_dict(run["ema"])
     model.device = find_device(cfg)
     model.to(model.device, memory_format=torch.channels_last).requires_grad_(False)
-    for part in model.children() if cfg.compile else ():
-        part.compile()
+    if cfg.compile:
+        compile_parts(model)
     for verb in asked:
         VERBS[verb](model, cfg, run)
 

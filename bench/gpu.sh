@@ -10,20 +10,24 @@
 # else the built-in digits. A part writes JSON and PNG files into RESULTS, at most 8.
 # TINY=1 runs the same commands on a CPU at a size that takes seconds: that is how this file is tested.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 part=${1:?which part}
-results=${2:-${OUT:-bench/results}/gpu}
+DATA=${DATA:+$(realpath "$DATA")}
+here=$(cd "$(dirname "$0")/.." && pwd)
+results=${2:-${OUT:-$here/bench/results}/gpu}
 mkdir -p "$results"
+results=$(realpath "$results")
+cd "$here"
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
 data=(${DATA:+--data "$DATA"})
-# four times the CPU defaults' width for a GPU that would idle at theirs, large batches, more updates
+# two to four times the CPU defaults' width, for a GPU would idle at theirs; large batches; more
+# updates
 size=(--width 128 --batch-size 512 --checkpoint-every 2000 --compile)
-steps=8000 samples=500
+steps=8000 samples=500 seconds=0.5
 models="vae flow gan vae-gan flow-gan diffusion-gan diffusion autoregressive"
 if [ -n "${TINY:-}" ]; then
   size=(--width 32 --embedding 16 --batch-size 8)
-  steps=2 samples=20 models="flow autoregressive"
+  steps=2 samples=20 seconds=0.05 models="flow autoregressive"
 fi
 
 quality() { # NAME SCRIPT FLAGS...: trains, samples under three seeds, measures, evaluates
@@ -45,13 +49,13 @@ quality() { # NAME SCRIPT FLAGS...: trains, samples under three seeds, measures,
 case $part in
   speed)
     for model in $models; do
-      timeout 100 python -m bench.throughput "$model" ${TINY:+--quick --side 8 --seconds 0.05} \
-        --out "$results/throughput-$model.json" || echo "$model: not finished"
+      timeout 180 python -m bench.throughput "$model" --seconds "$seconds" \
+        ${TINY:+--quick --side 8}         --out "$results/throughput-$model.json" || echo "$model: not finished"
     done
     ;;
   diffusion | gan | flow | vae) quality "$part" "$part" ;;
   hybrids)
-    steps=$((steps / 4))
+    steps=$(((steps + 3) / 4))
     for model in vae-gan flow-gan diffusion-gan; do quality "$model" hybrids --model "$model"; done
     ;;
   autoregressive) quality autoregressive bench.autoregressive ;;

@@ -29,7 +29,14 @@ def train(name, out, *flags):
     model = ["--model", name] if SCRIPTS[name] == "hybrids" else []
     resume = ["--resume"] if Path(out, "checkpoint.pt").exists() else []
     call = [sys.executable, "-m", SCRIPTS[name], "--train", "--out", str(out), *model, *resume]
-    subprocess.run([*call, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    with subprocess.Popen([*call, *flags], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # it got the signal too, and writes its checkpoint
+            process.wait()
+            raise SystemExit(130) from None
+    if code:
+        raise SystemExit(code)
 
 
 def build(name, shape, n_words, device, **options):
@@ -65,15 +72,6 @@ def samples(model, run, captions, seed, z=None, batch=100, **options):
         images.append(module.draw(model, code, model.embed(words[i]), seeds))
     model.cfg = before
     return torch.cat(images)
-
-
-def encodings(model, run, x, captions, batch=50):
-    """z of images x in [-1, 1] (N, C, H, W) under their captions: (N, ...) on the CPU."""
-    module, z = script(model.name), []
-    words = module.to_words(captions, run["vocabulary"]).to(model.device)
-    for i in torch.arange(len(x)).split(batch):
-        z.append(model.encode(x[i].to(model.device), model.embed(words[i])).cpu())
-    return torch.cat(z)
 
 
 def cycle(captions, n):

@@ -172,18 +172,27 @@ class Judge:
         return float(np.median(self.nearest.kneighbors(x.flatten(1).numpy() / 255)[0]))
 
     def read(self, x, features, captions):
-        """Is each attribute read as asked? bool (N,) for each, under its name."""
+        """Is each attribute read as asked? 1 or 0, (N,) for each, under its name; NaN where the
+        caption does not ask for it."""
         parts = self.classifier.out(features).split([len(values) for values in self.values], 1)
-        right = [part.argmax(1) == asked for part, asked in zip(parts, self.labels(captions))]
         if not self.digits:
+            asked = self.labels(captions)
+            right = [(part.argmax(1) == label).float() for part, label in zip(parts, asked)]
             names = ["text"] if len(right) == 1 else [f"word {i + 1}" for i in range(len(right))]
             return dict(zip(names, right))
-        asked = [caption.split() for caption in captions]
-        a = digit_attributes(x[:, 0].numpy() / 255)
-        over = np.stack(a, 1) > np.array([self.thresholds[row[2]] for row in asked])
-        wanted = np.array([[row[0] == "bold", row[1] == "slanted"] for row in asked])
-        weight, slant = torch.from_numpy(over == wanted).unbind(1)
-        return {"digit": right[2], "weight": weight, "slant": slant}
+        figures = {name: torch.full((len(x),), torch.nan) for name in ("digit", "weight", "slant")}
+        digits, attributes = parts[2].argmax(1), digit_attributes(x[:, 0].numpy() / 255)
+        for i, caption in enumerate(captions):
+            words = caption.split()
+            for digit in set(DIGITS) & set(words):
+                figures["digit"][i] = float(digits[i] == self.values[2][digit])
+                for j, (name, over, under) in enumerate(
+                    (("weight", "bold", "thin"), ("slant", "slanted", "upright"))
+                ):
+                    is_over = attributes[j][i] > self.thresholds[digit][j]
+                    if over in words or under in words:
+                        figures[name][i] = float(is_over == (over in words))
+        return figures
 
     def measure(self, x, captions):
         """The figures above for images x, uint8 (N, C, H, W), drawn for captions."""
@@ -201,7 +210,8 @@ class Judge:
             "diversity": diversity(features, captions) / self.diversity,
         }
         for name in ("agreement", "shuffled"):
-            figures[name] = {key: v.float().mean().item() for key, v in figures[name].items()}
+            means = {key: right.nanmean().item() for key, right in figures[name].items()}
+            figures[name] = {key: mean for key, mean in means.items() if mean == mean}
         return {k: v if isinstance(v, (int, dict)) else float(v) for k, v in figures.items()}
 
     def baselines(self, n):
@@ -227,16 +237,21 @@ def main(argv=None):
     )
     parser.add_argument("--out", type=Path, help="also write the figures, and where they are from")
     args = parser.parse_args(argv)
-    for path in [*args.files, *([Path(args.data)] if args.data else [])]:
-        if not path.exists():
-            parser.exit(2, f"bench.quality: error: there is no file {path}\n")
-    judge, sets = Judge(args.data), {}
+    sets = {}
     for path in args.files:
-        with np.load(path, allow_pickle=False) as npz:
-            x = npz["x"]
+        try:
+            with np.load(path, allow_pickle=False) as npz:
+                x, y = npz["x"], npz["y"]
             x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2)
-            sets[path.stem] = (x, [str(text) for text in npz["y"]])
-    rows = {}
+        except Exception as error:
+            parser.exit(2, f"bench.quality: error: {path} holds no samples: {error}\n")
+        sets[str(path)] = (x, [" ".join(str(text).lower().split()) for text in y])
+    if args.out and not args.out.parent.is_dir():
+        parser.exit(2, f"bench.quality: error: --out {args.out}: there is no such folder\n")
+    judge, rows = Judge(args.data), {}
+    for name, (x, _) in sets.items():
+        if x.shape[1:] != judge.x.shape[1:] or len(x) < 2:
+            parser.exit(2, f"bench.quality: error: {name}: take 2 or more images like the data's\n")
     for name, (x, captions) in (judge.baselines(500) | sets).items():
         rows[name] = judge.measure(x, captions)
         print(json.dumps({"images": name, **rows[name]}), flush=True)

@@ -14,11 +14,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 
 
-def environment():
+def environment(device="cpu"):
     """Where figures are from."""
-    device = f"{os.cpu_count()} cores of {platform.machine()}"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    cores = f"{os.cpu_count()} cores of {platform.machine()}"
+    device = torch.cuda.get_device_name() if device == "cuda" else cores
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
@@ -39,6 +38,7 @@ def read(path):
 
 def table(head, rows):
     """A Markdown table."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -67,8 +67,9 @@ def quality_table(folder, file="quality.json"):
         cells = [percent(row["agreement"][n]) for n in names]
         cells += [number(row[n], 1 if n == "fld" else 2) for n in others]
         bits = row.get("bits_per_dim")
-        body.append([name, *cells, number(bits and bits["bits_per_dim"])])
-    return table(["images", *names, "FLD", *others[1:], "bits/dim"], body)
+        bits = number(bits and bits["bits_per_dim"])
+        body.append([name, str(row["n"]), *cells, bits])
+    return table(["images", "n", *names, "FLD", *others[1:], "bits/dim"], body)
 
 
 def equal_table(folder):
@@ -111,8 +112,9 @@ def claims_table(folder):
 
 
 TABLES = {
-    "quality": quality_table, "speed": speed_table, "training": training_table,
-    "equal": equal_table, "claims": claims_table,
+    "quality": (quality_table, "quality.json"), "speed": (speed_table, "throughput.json"),
+    "training": (training_table, "throughput.json"), "equal": (equal_table, "equal.json"),
+    "claims": (claims_table, "claims.json"),
 }  # fmt: skip
 
 
@@ -123,18 +125,21 @@ def eager_rates(folder):
     return {row["name"]: row["images_per_s"] for row in rows if row["mode"] == "eager"}
 
 
-def where(folder):
-    """A line on where the figures are from."""
-    result = read(folder / "quality.json") or read(folder / "throughput.json")
-    return f"Measured on {result['device']}, torch {result['torch']}, commit {result['commit']}."
+def where(folder, file):
+    """A line on where the figures of a file are from, and from which commits its rows."""
+    result = read(folder / file)
+    if not result:
+        return ""
+    commits = dict.fromkeys(row.get("commit", result["commit"]) for row in result["rows"].values())
+    return f"Measured on {result['device']}, torch {result['torch']}, commit {', '.join(commits)}."
 
 
 def readme():
     """The README as its result files want it."""
     text = (ROOT / "README.md").read_text()
-    for name, make in TABLES.items():
+    for name, (make, file) in TABLES.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-        fresh = f"{make(RESULTS)}\n\n{where(RESULTS)}\n"
+        fresh = f"{make(RESULTS)}\n\n{where(RESULTS, file)}\n"
         text = block.sub(lambda match, fresh=fresh: match[1] + fresh + match[2], text)
     return text
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import prior
@@ -64,6 +65,16 @@ def ceilings(device, dtype=torch.float32):
         "convolution_tflops": 2 * batch * 14 * 14 * 128 * 128 * 9 / convolution / 1e12,
         "copy_gb_per_s": 2 * 4 * big.numel() / copy / 1e9,
     }
+
+
+def gflops(call):
+    """Floating-point operations of a call in billions, attention counted as matrix products."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() / 1e9
 
 
 class Guard:
@@ -154,17 +165,14 @@ def sampling_rows(name, device, quick, compiled, side, budget):
             model.cfg = replace(model.cfg, **options)
             parameters = sum(p.numel() for p in model.parameters())
             if mode == "compiled":
-                for part in model.children():
-                    part.compile()
+                models.script(name).compile_parts(model)
             row = {"name": label, "model": name, "mode": mode, "evaluations": evaluations}
-            row |= {"dtype": "bf16" if autocast_on(name, device) else "fp32"}
+            dtype = dtype_of(name, device)
+            row |= {"dtype": "bf16" if dtype == torch.bfloat16 else "fp32"}
             row |= {"parameters": parameters, "batches": {}}
             if mode == "eager":
-                probe = sampler(model, 2)
-                with FlopCounterMode(display=False) as counter:
-                    probe()
-                gflops = counter.get_total_flops() / 2e9
-            row["gflops_per_image"] = gflops
+                work = gflops(sampler(model, 2)) / 2
+            row["gflops_per_image"] = work
             batch, best = 1, 0.0
             while batch <= (4096 if device.type == "cuda" else 256):
                 call = sampler(model, batch, mode == "graph")
@@ -178,18 +186,19 @@ def sampling_rows(name, device, quick, compiled, side, budget):
                     break
                 batch *= 4
             row["latency"], row["images_per_s"] = row["batches"][1]["seconds"], best
-            tflops = best * gflops / 1e3
-            top = max(v for k, v in ceilings(device).items() if k.endswith("tflops"))
-            row["share_of_ceiling"] = tflops / top
+            top = max(v for k, v in ceilings(device, dtype).items() if k.endswith("tflops"))
+            row["share_of_ceiling"] = best * work / 1e3 / top
             row["peak_memory_mb"] = memory(device)
             rows.append(row)
             print(json.dumps({k: v for k, v in row.items() if k != "batches"}), flush=True)
     return rows
 
 
-def autocast_on(name, device):
+def dtype_of(name, device):
+    """What sampling multiplies in: a flow's inverse must be exact."""
     with models.script(name).autocast(device):
-        return torch.is_autocast_enabled(device.type)
+        bf16 = torch.is_autocast_enabled(device.type) and name not in ("flow", "flow-gan")
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def training_row(name, device, side, repeats):
@@ -219,10 +228,14 @@ def training_row(name, device, side, repeats):
 def measure(name, device, quick, compiled=False, side=SIDE, budget=None):
     """All rows of one model, with the machine's ceilings."""
     budget = budget or (2.0 if quick else 4.0)
+    if device.type == "cuda":  # as the scripts' find_device
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # sampling first: its peak memory is none of training's
+    sampling = sampling_rows(name, device, quick, compiled, side, budget)
     return {
         "ceilings": ceilings(device),
         "training": training_row(name, device, side, 5 if quick else 20),
-        "sampling": sampling_rows(name, device, quick, compiled, side, budget),
+        "sampling": sampling,
     }
 
 

@@ -104,12 +104,16 @@ def test_claims_about_normals_hold_and_their_figures_are_right():
 def test_rows_are_written_one_by_one_and_kept(tmp_path):
     from bench.__main__ import Rows
 
-    calls = []
-    for _ in range(2):
-        rows = Rows(tmp_path / "r.json", lambda text: None)
-        rows.add("a", lambda: calls.append("a") or {"value": 1})
-    assert calls == ["a"]
-    assert json.loads((tmp_path / "r.json").read_text())["rows"] == {"a": {"value": 1}}
+    calls, path, cpu = [], tmp_path / "r.json", torch.device("cpu")
+    for updates in (5, 5, 6):  # a run that was trained on is measured again
+        rows = Rows(path, cpu, lambda text: None)
+        rows.add("a", lambda: calls.append("a") or {"value": 1}, updates=updates)
+    assert calls == ["a", "a"]
+    row = json.loads(path.read_text())["rows"]["a"]
+    assert (row["value"], row["updates"]) == (1, 6) and row["commit"]
+    report.write(path, {**report.read(path), "device": "another"})
+    with pytest.raises(SystemExit):
+        Rows(path, cpu, lambda text: None)
 
 
 def test_a_disturbed_row_is_timed_again_and_said_to_be(monkeypatch):
@@ -138,6 +142,30 @@ def test_every_model_builds_and_samples_as_its_script_does(name):
     again = models.samples(model, run, captions, 3, batch=2)
     assert (x.int() - again.int()).abs().float().mean() < 0.5
     assert not torch.equal(x, models.samples(model, run, captions, 4))
+
+
+def test_a_table_and_its_claims_from_nothing_but_models(judge, tmp_path):
+    from bench import __main__ as bench
+
+    loaded = {}
+    for name in ("vae", "flow", "diffusion", "vae-gan"):
+        options = {"steps": 2} if name == "diffusion" else {}
+        model = models.build(name, (1, 8, 8), 4, "cpu", width=32, embedding=16, **options)
+        loaded[name] = model, {"vocabulary": ["bright", "dark", "left", "right"], "k": 7}
+    rows = bench.Rows(tmp_path / "quality.json", torch.device("cpu"), print)
+    bench.quality(rows, judge, loaded, quick=True)
+    scores = rows.data["rows"]
+    assert {*loaded, "diffusion dpm, 20", "diffusion dpm, 4", "real, held out"} <= scores.keys()
+    assert scores["flow"]["bits_per_dim"]["kind"] == "dequantized bound"
+    assert scores["vae"]["updates"] == 7 and scores["vae-gan"]["bits_per_dim"] is None
+    rates = {"vae": 1000.0, "diffusion dpm, 20": 10.0, "diffusion dpm, 4": 50.0}
+    truth = bench.Rows(tmp_path / "claims.json", torch.device("cpu"), print)
+    bench.all_claims(truth, judge, scores, rates, loaded, tmp_path)
+    verdicts = {name: row["verdict"] for name, row in truth.data["rows"].items()}
+    assert verdicts["exact"] == verdicts["many right images"] == "yes"
+    assert verdicts["hybrids"] in ("no", "in part", "yes")
+    assert verdicts["diffusion"] in ("in part", "yes")  # slow, whatever else
+    assert verdicts["code, vae"] == "no"  # its encoder has seen no image
 
 
 class TestAutoregressive:
@@ -181,10 +209,11 @@ class TestAutoregressive:
 
 def test_tables_are_made_of_result_files(tmp_path):
     spread = {"mean": 0.5, "std": 0.1}
-    row = {"agreement": {"digit": spread}, "bits_per_dim": None}
+    row = {"agreement": {"digit": spread}, "bits_per_dim": None, "n": 20}
     row |= {k: spread for k in "fld precision recall density coverage sharpness nearest".split()}
     report.write(tmp_path / "quality.json", {"rows": {"vae": {**row, "diversity": spread}}})
-    assert "| vae | 50.0 ± 10.0% | 0.5 ± 0.1 |" in report.quality_table(tmp_path)
+    assert "| vae | 20 | 50.0 ± 10.0% | 0.5 ± 0.1 |" in report.quality_table(tmp_path)
+    assert "a \\| b" in report.table(["head"], [["a | b"]])
     assert report.read(tmp_path / "none.json") == {}
     assert stats.norm.cdf(0) == 0.5
 

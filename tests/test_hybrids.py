@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ def tiny(model, shape=(1, 8, 8), **options):
     """A model with random weights everywhere, the zero-init layers too."""
     torch.manual_seed(0)
     sizes = {"width": 32, "embedding": 16, "latent": 4, "couplings": 3}
-    cfg = replace(hybrids.Config(), model=model, **(sizes | options))
+    cfg = hybrids.Config(model=model, **(sizes | options))
     network = hybrids.build(cfg, shape, 3)
     for p in network.parameters():
         if not p.any():
@@ -110,43 +109,113 @@ def test_each_step_moves_its_own_networks_alone(name):
         assert moved == (before.keys() - critic if phase % 2 else critic)
 
 
-class LinearCritic:
-    """D(x, c) = <w, x> (1 + first entry of c)."""
+class BilinearCritic:
+    """D(x, x', c) = <w, x> (1 + <w, x'> / 10) (1 + first entry of c), x and x' side by side."""
 
-    w = torch.linspace(-1, 1, 128)
+    w = torch.linspace(-1, 1, 64)
 
-    def __call__(self, x, c):
-        return x.flatten(1) @ self.w * (1 + c[:, 0])
+    def forward(self, both, c):
+        x, origin = (a.flatten(1) @ self.w for a in both.chunk(2, 1))
+        return x * (1 + origin / 10) * (1 + c[:, 0])
 
-    def features(self, x):
-        return x.flatten(1)
+    __call__ = forward
+
+    def features(self, both):
+        return both.flatten(1)
 
 
 @pytest.mark.parametrize("name", hybrids.MODELS)
-def test_critic_loss_is_relativistic_with_per_image_penalties(name):
+def test_both_losses_are_relativistic_with_per_image_penalties(name):
     model = tiny(name, gamma=0.8)
-    model.critic_step.requires_grad_(False).weight.zero_()
-    model.critic, w = None, LinearCritic.w
-    model.__dict__["critic"] = LinearCritic()
+    model.critic, w = None, BilinearCritic.w
+    model.__dict__["critic"] = BilinearCritic()
     x, c, seeds = batch(8)
     all_of_it = x, c, seeds
     x, c, seeds = (a[:: model.share] for a in all_of_it)
-    with torch.no_grad():
-        real, fake, origin, _ = model.pair(x, c[:, :16], seeds, 10)
-    a, b = ((torch.cat([v, origin], 1).flatten(1) @ w) * (1 + c[:, 16]) for v in (real, fake))
-    squares = w[:64].square().sum() * (1 + c[:, 16]) ** 2  # by x alone, not by its origin
-    truth = torch.log1p(torch.exp(b - a)).mean() + 0.8 * squares.mean()
+
+    def margins(stream):
+        """D of real and of fake images, and the gradient of D is w times the last."""
+        with torch.no_grad():
+            real, fake, origin, k = model.pair(x, c[:, :16], seeds, stream)
+            scale = 1 + origin.flatten(1) @ w / 10
+            scale = scale * (1 + c[:, 16] + model.critic_step(k)[:, 0])
+        return *((v.flatten(1) @ w) * scale for v in (real, fake)), scale, (fake - real)
+
+    d_real, d_fake, scale, _ = margins(10)
+    squares = w.square().sum() * scale**2  # by x alone, not by its origin
+    truth = torch.log1p(torch.exp(d_fake - d_real)).mean() + 0.8 * squares.mean()
     loss, metrics = model.critic_loss(*all_of_it)
     assert loss.item() == pytest.approx(truth.item(), rel=1e-4)
     assert metrics["r1"].item() == pytest.approx(squares.mean().item(), rel=1e-4)
-    real, fake, origin, _ = model.pair(x, c[:, :16], seeds, 20)
-    a, b = ((torch.cat([v, origin], 1).flatten(1) @ w) * (1 + c[:, 16]) for v in (real, fake))
+    assert metrics["r2"].item() == pytest.approx(squares.mean().item(), rel=1e-4)
+    d_real, d_fake, _, error = margins(20)
     _, metrics = model.generator_loss(*all_of_it)
-    truth = torch.log1p(torch.exp(a - b)).mean()
+    truth = torch.log1p(torch.exp(d_real - d_fake)).mean()
     assert metrics["adversarial"].item() == pytest.approx(truth.item(), rel=1e-4)
     if name == "diffusion-gan":  # its L is known in closed form
-        truth += 10 * (fake - real).square().mean()
+        truth = model.cfg.adversarial_weight * truth + 10 * error.square().mean()
         assert metrics["loss"].item() == pytest.approx(truth.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", hybrids.MODELS)
+def test_the_critic_moves_the_generator_as_finite_differences_say(name):
+    model, (x, c, seeds) = tiny(name), batch()
+    bias = {
+        "vae-gan": lambda: model.decoder.head.bias,
+        "flow-gan": lambda: model.flow.couplings[1].network.head.bias,
+        "diffusion-gan": lambda: model.net.head.bias,
+    }[name]()
+
+    def adversarial():
+        model.cfg.adversarial_weight = 1.0
+        with_critic = model.generator_loss(x, c, seeds)[0]
+        model.cfg.adversarial_weight = 0.0
+        return with_critic - model.generator_loss(x, c, seeds)[0]
+
+    (gradient,) = torch.autograd.grad(adversarial(), bias)
+    ends, h = [], 0.01
+    for sign in (1, -1):
+        with torch.no_grad():
+            bias += sign * h * gradient / gradient.norm()
+            ends.append(adversarial().item())
+            bias -= sign * h * gradient / gradient.norm()
+    assert gradient.norm() > 1e-5
+    assert gradient.norm().item() == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=0.05)
+
+
+def test_log2_of_a_mean_has_its_gradient():
+    error = torch.tensor(0.3, requires_grad=True)
+    hybrids.log2(error).backward()
+    assert error.grad.item() == pytest.approx(1 / (0.3 * math.log(2)))
+    assert hybrids.log2(error).item() == pytest.approx(math.log2(0.3))
+
+
+def test_sample_steps_through_the_posterior_to_the_image():
+    for steps in (1, 4):
+        model, seeds = tiny("diffusion-gan", (1, 4, 4), denoising_steps=steps), torch.arange(20_000)
+        seen = []
+
+        def denoise(x_t, k, c, seeds, stream, seen=seen):
+            seen.append((x_t, k, stream))
+            return torch.full_like(x_t, 0.5)
+
+        model.denoise = denoise
+        z = prior.normal(seeds, (1, 4, 4))
+        assert torch.equal(model.sample(z, torch.zeros(len(seeds), 32), seeds), z * 0 + 0.5)
+        assert [k[0].item() for _, k, _ in seen] == list(range(steps, 0, -1))
+        assert len({stream for _, _, stream in seen}) == steps
+        for x_t, k, _ in seen:
+            t = k[0].item() / steps
+            assert abs(x_t.mean() - (1 - t) * 0.5) < 0.01 and abs(x_t.std() - t) < 0.01
+
+
+@pytest.mark.parametrize("name, gamma, weight, size", [
+    ("vae-gan", 1.0, 1.0, 32), ("flow-gan", 1.0, 0.1, 128), ("diffusion-gan", 0.05, 1.0, 32),
+])  # fmt: skip
+def test_defaults_are_each_models_own(name, gamma, weight, size):
+    cfg = hybrids.Config(model=name)
+    assert (cfg.gamma, cfg.adversarial_weight, cfg.batch_size) == (gamma, weight, size)
+    assert hybrids.Config(model=name, gamma=0.0, adversarial_weight=0.0).gamma == 0
 
 
 def test_vae_gan_loss_is_feature_likelihood_and_kl():

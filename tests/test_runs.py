@@ -190,6 +190,31 @@ def test_training_overfits_one_batch_and_the_caption_matters(model, script, data
     assert right[..., :4].mean() < right[..., 4:].mean()
 
 
+def test_training_runs_in_bf16(model, script, run, monkeypatch):
+    """As on CUDA: what must not be in bf16 turns it off, and gets no number that is."""
+    monkeypatch.setattr(script, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    run("--train", "--train-steps", "2")
+    assert checkpoint(run.out)["k"] == 2
+
+
+@pytest.mark.parametrize("model", ["gan", "flow", "vae-gan", "flow-gan"], indirect=True)
+def test_compiled_parts_train_and_sample(model, run, monkeypatch):
+    """Gradient penalties are second derivatives, which compiled functions have none of; a flow is
+    called both ways."""
+    compiled, compile = [], torch.nn.Module.compile
+
+    def light(self):
+        compiled.append(self)
+        compile(self, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", light)
+    run("--train", "--train-steps", "2", "--compile")
+    assert checkpoint(run.out)["k"] == 2
+    assert not any(isinstance(part, torch.nn.ModuleList) for part in compiled)
+    if "flow" in model:
+        assert sum(type(part).__name__ in ("Local", "Dense") for part in compiled) == 6
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(
     script, run, refused, monkeypatch
 ):

@@ -153,14 +153,16 @@ def memory(device):
 
 
 def sampling_rows(name, device, quick, compiled, side, budget):
-    """One dict for each setting and mode of the model, in about `budget` seconds each."""
-    guard, rows = Guard(device), []
+    """Yields a dict for each setting and mode of the model, after about `budget` seconds each."""
+    guard = Guard(device)
     modes = ["eager", *(["compiled"] if compiled else [])]
     modes += ["graph"] if device.type == "cuda" else []
     for label, options, evaluations in settings(name, quick, side):
         for mode in modes:
             if mode == "compiled" and evaluations > 50:
                 continue  # the same network as with fewer steps
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             model = models.build(name, (1, side, side), WORDS, device)
             model.cfg = replace(model.cfg, **options)
             parameters = sum(p.numel() for p in model.parameters())
@@ -189,9 +191,8 @@ def sampling_rows(name, device, quick, compiled, side, budget):
             top = max(v for k, v in ceilings(device, dtype).items() if k.endswith("tflops"))
             row["share_of_ceiling"] = best * work / 1e3 / top
             row["peak_memory_mb"] = memory(device)
-            rows.append(row)
             print(json.dumps({k: v for k, v in row.items() if k != "batches"}), flush=True)
-    return rows
+            yield row
 
 
 def dtype_of(name, device):
@@ -226,17 +227,17 @@ def training_row(name, device, side, repeats):
 
 
 def measure(name, device, quick, compiled=False, side=SIDE, budget=None):
-    """All rows of one model, with the machine's ceilings."""
+    """All rows of one model, with the machine's ceilings: yields the result as it grows."""
     budget = budget or (2.0 if quick else 4.0)
     if device.type == "cuda":  # as the scripts' find_device
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    # sampling first: its peak memory is none of training's
-    sampling = sampling_rows(name, device, quick, compiled, side, budget)
-    return {
-        "ceilings": ceilings(device),
-        "training": training_row(name, device, side, 5 if quick else 20),
-        "sampling": sampling,
-    }
+    result = {"ceilings": ceilings(device), "training": None, "sampling": []}
+    # sampling first: on a CPU its peak memory must be none of training's
+    for row in sampling_rows(name, device, quick, compiled, side, budget):
+        result["sampling"].append(row)
+        yield result
+    result["training"] = training_row(name, device, side, 5 if quick else 20)
+    yield result
 
 
 def main(argv=None):
@@ -253,9 +254,10 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    result = measure(args.model, device, args.quick, args.compiled, args.side, args.seconds)
-    if args.out:
-        write(args.out, {**environment(), **result})
+    given = args.model, device, args.quick, args.compiled, args.side, args.seconds
+    for result in measure(*given):
+        if args.out:
+            write(args.out, {**environment(device.type), **result})
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ def training_table(folder):
     body = []
     for name, result in read(folder / "throughput.json").get("rows", {}).items():
         row = result["training"]
+        if row is None:
+            continue
         steps = f"{row['train_steps']} x {row['batch_size']}"
         body.append([name, steps, number(row["images_per_s"], 0), f"{row['training_seconds']:.0f}"])
     return table(["model", "updates x batch", "images/s", "seconds"], body)

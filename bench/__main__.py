@@ -263,7 +263,8 @@ def main(argv=None):
         if "gan" in names:
             truth.add("stability", partial(stability, judge, folder, device))
     for name, (make, _) in report.TABLES.items():
-        print(f"\n{name}\n\n{make(out)}")
+        if name != "gpu":
+            print(f"\n{name}\n\n{make(out)}")
     progress(f"done: {out}")
 
 

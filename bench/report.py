@@ -77,12 +77,14 @@ def equal_table(folder):
     return quality_table(folder, "equal.json")
 
 
-def speed_table(folder):
+def speed_table(folder, results=None):
     """How fast each sampler is, a row a sampler and mode."""
+    if results is None:
+        results = read(folder / "throughput.json").get("rows", {})
     head = ["sampler", "mode", "evaluations", "images/s", "latency (ms)", "GFLOP/image"]
     head += ["share of ceiling", "parameters (M)"]
     body = []
-    for result in read(folder / "throughput.json").get("rows", {}).values():
+    for result in results.values():
         for row in result["sampling"]:
             rate = row["images_per_s"]
             cells = [row["name"], f"{row['mode']}, {row['dtype']}", str(row["evaluations"])]
@@ -92,6 +94,13 @@ def speed_table(folder):
             cells += [f"{100 * share:.0f}%" if share else "-", number(row["parameters"] / 1e6)]
             body.append(cells)
     return table(head, body)
+
+
+def gpu_table(folder):
+    """The same of the files that bench/gpu.sh wrote, and what they were measured on."""
+    results = {path: read(path) for path in sorted(Path(folder, "gpu").glob("throughput-*.json"))}
+    devices = {f"{result['device']}, torch {result['torch']}" for result in results.values()}
+    return f"{', '.join(sorted(devices))}:\n\n{speed_table(folder, results)}" if results else ""
 
 
 def training_table(folder):
@@ -116,7 +125,7 @@ def claims_table(folder):
 TABLES = {
     "quality": (quality_table, "quality.json"), "speed": (speed_table, "throughput.json"),
     "training": (training_table, "throughput.json"), "equal": (equal_table, "equal.json"),
-    "claims": (claims_table, "claims.json"),
+    "claims": (claims_table, "claims.json"), "gpu": (gpu_table, "none"),
 }  # fmt: skip
 
 

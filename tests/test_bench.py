@@ -216,6 +216,14 @@ def test_tables_are_made_of_result_files(tmp_path):
     assert "| vae | 20 | 50.0 ± 10.0% | 0.5 ± 0.1 |" in report.quality_table(tmp_path)
     assert "a \\| b" in report.table(["head"], [["a | b"]])
     assert report.read(tmp_path / "none.json") == {}
+    assert report.gpu_table(tmp_path) == ""
+    timed = {"name": "vae", "mode": "graph", "dtype": "bf16", "evaluations": 1, "latency": 1e-4}
+    timed |= {"images_per_s": 1e6, "gflops_per_image": 0.1, "parameters": 2e6}
+    (tmp_path / "gpu").mkdir()
+    card = {"device": "a card", "torch": "2.13", "sampling": [timed], "training": None}
+    report.write(tmp_path / "gpu/throughput-vae.json", card)
+    assert "a card, torch 2.13:" in report.gpu_table(tmp_path)
+    assert "| vae | graph, bf16 | 1 | 1000000 | 0.1 |" in report.gpu_table(tmp_path)
     assert stats.norm.cdf(0) == 0.5
 
 

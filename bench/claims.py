@@ -139,11 +139,11 @@ def pixels_are_dependent(quality):
 
 def many_right_images(quality):
     one = quality["one image a caption"]
-    varied = {k: row["diversity"]["mean"] for k, row in quality.items() if k in models.SCRIPTS}
-    best, real = max(varied, key=varied.get), quality["real, held out"]
+    fld = {k: row["fld"]["mean"] for k, row in quality.items() if k in models.SCRIPTS}
+    best, real = min(fld, key=fld.get), quality["real, held out"]
     line = f"one image a caption covers {100 * one['coverage']['mean']:.0f}% of the training "
     line += f"images, real ones {100 * real['coverage']['mean']:.0f}%; {best} has "
-    line += f"{varied[best]:.2f} of the real diversity within a caption"
+    line += f"{quality[best]['diversity']['mean']:.2f} of the real diversity within a caption"
     verdict = one["coverage"]["mean"] < 0.5 * real["coverage"]["mean"]
     return row("a text has many right images, so the answer is a distribution", line, verdict)
 

@@ -168,10 +168,12 @@ def plot_quality_against_speed(folder):
         axes.plot(*zip(*sorted(curve)), color="tab:gray", zorder=1)
     for name, (x, y) in points.items():
         axes.scatter(x, y, color="tab:gray" if name.startswith("diffusion ") else "tab:blue")
-        label, place = name, (4, 4) if name != "vae-gan" else (4, -10)
+        label, place = name, {"xytext": (4, 4)}
+        if name.endswith("-gan"):
+            place = {"xytext": (-5, -3), "ha": "right"}
         if name.startswith("diffusion dpm, ") and not name.endswith(" 50"):
             label = name.removeprefix("diffusion dpm, ") + " steps"
-        axes.annotate(label, (x, y), xytext=place, textcoords="offset points", fontsize=7)
+        axes.annotate(label, (x, y), textcoords="offset points", fontsize=7, **place)
     real = quality.get("real, held out")
     if real:
         axes.axhline(real["fld"]["mean"], linestyle=":", color="black", linewidth=1)

@@ -18,9 +18,12 @@ def environment(device="cpu"):
     """Where figures are from."""
     cores = f"{os.cpu_count()} cores of {platform.machine()}"
     device = torch.cuda.get_device_name() if device == "cuda" else cores
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    def git(*call):
+        return subprocess.run(["git", *call], cwd=ROOT, capture_output=True, text=True).stdout
+
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    if git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md"):  # what it writes
+        commit += "-dirty"
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     return {"device": device, "python": platform.python_version(), "commit": commit, **versions}
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,10 @@ def environment(device="cpu"):
     """Where figures are from."""
     cores = f"{os.cpu_count()} cores of {platform.machine()}"
     device = torch.cuda.get_device_name() if device == "cuda" else cores
+
     def git(*call):
+        if not shutil.which("git"):
+            return ""
         return subprocess.run(["git", *call], cwd=ROOT, capture_output=True, text=True).stdout
 
     commit = git("rev-parse", "--short", "HEAD").strip()

@@ -23,7 +23,7 @@ from bench.quality import Judge
 from diffusion import grid
 
 SEEDS = (0, 1, 2)
-QUICK_SECONDS = 40  # of training, for each model
+QUICK_SECONDS = 30  # of training, for each model
 EQUAL_SECONDS = 60  # the same for a table of a full call
 
 

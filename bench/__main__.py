@@ -96,14 +96,15 @@ def score(judge, draw):
     return row
 
 
-def bits_per_dim(name, model, run, judge, n):
+def bits_per_dim(model, run, judge, n):
     """What bits_per_dim says of held-out images, and what kind of statement that is."""
     kinds = {"vae": "IWAE bound", "flow": "dequantized bound", "flow-gan": "dequantized bound"}
     kinds |= {"diffusion": "ODE estimate", "autoregressive": "exact"}
-    if name not in kinds:
+    if model.name not in kinds:
         return None
+    kind = kinds[model.name]
     n = min(n, len(judge.x_test))
-    words = models.script(name).to_words(judge.captions_test[:n], run["vocabulary"])
+    words = models.script(model.name).to_words(judge.captions_test[:n], run["vocabulary"])
     values = []
     for i in torch.arange(n).split(50):
         x = judge.x_test[i].to(model.device) / 127.5 - 1
@@ -111,7 +112,7 @@ def bits_per_dim(name, model, run, judge, n):
         values += model.bits_per_dim(x, c, seeds).tolist()
     spread = models.spread(values)
     error = spread["std"] / n**0.5
-    return {"bits_per_dim": spread["mean"], "standard_error": error, "n": n, "kind": kinds[name]}
+    return {"bits_per_dim": spread["mean"], "standard_error": error, "n": n, "kind": kind}
 
 
 def score_model(judge, model, run, captions, n_bits, options):
@@ -122,7 +123,7 @@ def score_model(judge, model, run, captions, n_bits, options):
 
     row = {**score(judge, draw), "bits_per_dim": None}
     if n_bits:
-        row["bits_per_dim"] = bits_per_dim(model.name, model, run, judge, n_bits)
+        row["bits_per_dim"] = bits_per_dim(model, run, judge, n_bits)
     return row
 
 
@@ -188,10 +189,10 @@ def all_claims(rows, judge, quality, rates, loaded, folder):
     if "gan" in loaded:
         rows.add("critic", partial(claims.critic_ends_at_a_half, folder / "gan"))
     for name in {"vae", "flow", "diffusion"} & loaded.keys():
-        claim = partial(claims.code_is_normal, name, *loaded[name], judge)
+        claim = partial(claims.code_is_normal, *loaded[name], judge)
         rows.add(f"code, {name}", claim)
     for name in {"vae", "gan"} & loaded.keys():
-        claim = partial(claims.paths_are_smooth, name, *loaded[name], judge)
+        claim = partial(claims.paths_are_smooth, *loaded[name], judge)
         rows.add(f"smooth, {name}", claim)
     for function in (
         claims.analytic_kl,
@@ -204,16 +205,15 @@ def all_claims(rows, judge, quality, rates, loaded, folder):
 
 def stability(judge, folder, device):
     """Coverage of short GAN runs, with and without penalties, by training seed."""
-    coverage = {}
+    coverage, captions = {}, models.cycle(judge.captions_test, 500)
     for label, gamma in (("with penalties", 1), ("without", 0)):
         coverage[label] = []
         for seed in SEEDS:
             out = folder / f"gan-gamma-{gamma}-seed-{seed}"
-            flags = {"--train-steps": 300, "--gamma": gamma, "--seed": seed, "--n": 4}
-            flags["--device"] = device.type
+            flags = {"--train-steps": 300, "--gamma": gamma, "--seed": seed, "--n": 4,
+                     "--device": device.type}  # fmt: skip
             models.train("gan", out, *(str(v) for flag in flags.items() for v in flag))
             model, run = models.load("gan", out, device)
-            captions = models.cycle(judge.captions_test, 500)
             x = models.samples(model, run, captions, 0)
             coverage[label].append(judge.measure(x, captions)["coverage"])
     return claims.gan_is_unstable(coverage)

@@ -216,17 +216,17 @@ def hybrids_combine(quality):
 # ------------------------------------------------------------------------------ of trained models
 
 
-def codes(name, model, run, x, captions):
+def codes(model, run, x, captions):
     """z of images x in [-1, 1] (N, C, H, W): a VAE's drawn from its posterior; diffusion's along
     the ODE of guidance 1, from t = 1e-3 on times that are log-uniform, as noise grows."""
-    module, z = models.script(name), []
+    module, z = models.script(model.name), []
     words = module.to_words(captions, run["vocabulary"]).to(model.device)
     for i in torch.arange(len(x)).split(50):
         images, c = x[i].to(model.device), model.embed(words[i])
-        if name == "vae":
+        if model.name == "vae":
             mu, log_var = model.encoder(images, c)
             code = prior.reparameterize(mu, log_var, prior.normal(i.to(mu.device), mu.shape[1:], 1))
-        elif name == "diffusion":
+        elif model.name == "diffusion":
             code = module.heun(model.velocity(c), images, torch.logspace(-3, 0, 51).tolist())
         else:
             code = model.encode(images, c)
@@ -234,7 +234,7 @@ def codes(name, model, run, x, captions):
     return torch.cat(z)
 
 
-def code_is_normal(name, model, run, judge, n=500):
+def code_is_normal(model, run, judge, n=500):
     """The codes of held-out images. Each pixel value is drawn from its bin: an invertible code has
     no spread where all images are alike."""
 
@@ -246,7 +246,7 @@ def code_is_normal(name, model, run, judge, n=500):
 
     x, captions = judge.x_test[:n], judge.captions_test[:n]
     x = (x + prior.uniform(torch.arange(len(x)), x.shape[1:]) - 0.5) / 127.5 - 1
-    encoded = codes(name, model, run, x, captions)
+    encoded = codes(model, run, x, captions)
     z = encoded.flatten(1).double()
     d = z.shape[1]
     some = z[:, torch.arange(min(d, 64)) * d // min(d, 64)]
@@ -260,19 +260,19 @@ def code_is_normal(name, model, run, judge, n=500):
     line = f"KS {ks:.3f} and |correlation| {correlation:.3f} (of as many true normals: "
     line += f"{ideal[0]:.3f} and {ideal[1]:.3f}); |mean| {figures['mean']:.3f}, std "
     line += f"{figures['std']:.3f}, |z| / sqrt(D) {figures['norm']:.3f}"
-    if name == "vae":  # what q(z) misses of the prior, the decoder has never seen
+    if model.name == "vae":  # what q(z) misses of the prior, the decoder has never seen
         for key, code in (("N(0, I)", None), ("codes", encoded)):
             images = models.samples(model, run, captions, 0, code)
             figures[key] = float(frechet_distance(judge.features, judge.embed(images)))
         line += f"; FLD decoded from N(0, I) {figures['N(0, I)']:.1f}, from codes "
         line += f"{figures['codes']:.1f}"
     normal = ks < 1.5 * ideal[0] and correlation < 1.5 * ideal[1]
-    return row(f"the code of {name}.py is N(0, I)", line, normal, **figures)
+    return row(f"the code of {model.name}.py is N(0, I)", line, normal, **figures)
 
 
 def flow_is_exact(model, run, judge, n=200):
     x, captions = judge.x_test[:n] / 127.5 - 1, judge.captions_test[:n]
-    z = codes("flow", model, run, x, captions)
+    z = codes(model, run, x, captions)
     c = model.embed(to_words(captions, run["vocabulary"]).to(model.device))
     y = model.sample(z.to(model.device), c).cpu()
     error = (y - x).abs().max().item()
@@ -283,10 +283,10 @@ def flow_is_exact(model, run, judge, n=200):
     return row(claim, line, same and error < 1e-3, error=error)
 
 
-def paths_are_smooth(name, model, run, judge, n=24, steps=16):
+def paths_are_smooth(model, run, judge, n=24, steps=16):
     """Along the arc from z to z: the largest step over the mean one, in feature space; beside it a
     straight line between the same two images, in pixel space."""
-    module = models.script(name)
+    module = models.script(model.name)
     words = to_words(models.cycle(judge.captions_test, n), run["vocabulary"]).to(model.device)
     seeds, c = torch.arange(2 * n, device=model.device), model.embed(words)
     z0, z1 = prior.normal(seeds, model.latent_shape).chunk(2)
@@ -304,5 +304,5 @@ def paths_are_smooth(name, model, run, judge, n=24, steps=16):
     measured += f"{figures['line']:.2f} along the line between its ends' pixels (1 is even)"
     ratio = figures["arc"] / figures["line"]
     verdict = "yes" if ratio <= 1 else "in part" if ratio < 1.25 else "no"
-    claim = f"close z give close images, slerp paths are smooth ({name})"
+    claim = f"close z give close images, slerp paths are smooth ({model.name})"
     return row(claim, measured, verdict, **figures)

@@ -255,9 +255,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     given = args.model, device, args.quick, args.compiled, args.side, args.seconds
+    here = environment(device.type)
     for result in measure(*given):
         if args.out:
-            write(args.out, {**environment(device.type), **result})
+            write(args.out, {**here, **result})
 
 
 if __name__ == "__main__":

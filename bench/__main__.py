@@ -2,10 +2,12 @@
 
   python -m bench --quick          in minutes on a CPU: trains each model for a short, equal time
   python -m bench                  on the runs in runs/, which it trains where there are none
+  python -m bench --data FILE.npz  speed and quality on other images, e.g. of bench.pack
 
 writes throughput.json, quality.json, equal.json (after as many seconds of training for all),
-claims.json, quality_speed.png and samples.png into --out, row by row: an interrupted call goes on
-where it stopped, rows that are there are not measured again.
+claims.json, stacked.json, unseen.json (bench/datasets.py), quality_speed.png and samples.png into
+--out, row by row: an interrupted call goes on where it stopped, rows that are there are not
+measured again.
 """
 
 import argparse
@@ -18,22 +20,25 @@ from pathlib import Path
 
 import torch
 
-from bench import claims, models, report
+from bench import claims, datasets, models, report
 from bench.quality import Judge
-from diffusion import grid
+from diffusion import grid, load_data
 
 SEEDS = (0, 1, 2)
 QUICK_SECONDS = 30  # of training, for each model
 EQUAL_SECONDS = 60  # the same for a table of a full call
+STACKED = ("gan", "vae-gan", "flow-gan", "diffusion-gan")  # whose modes are counted
+UNSEEN = ("vae", "flow", "gan", "diffusion")  # which are asked for captions never seen together
 
 
 class Rows:
     """The rows of a result file by name, written after each, with the commit that measured it."""
 
-    def __init__(self, path, device, progress):
-        self.path, self.progress, here = path, progress, report.environment(device.type)
-        self.data, self.commit = report.read(path) or {**here, "rows": {}}, here["commit"]
-        for key in ("device", "torch"):
+    def __init__(self, path, device, progress, data=""):
+        here = {**report.environment(device.type), "data": data}
+        self.path, self.progress, self.commit = path, progress, here["commit"]
+        self.data = {"data": "", **report.read(path)} if path.exists() else {**here, "rows": {}}
+        for key in ("device", "torch", "data"):
             if self.data[key] != here[key]:
                 fail(f"{path} has {key} {self.data[key]}, here is {here[key]}: take another --out")
 
@@ -52,17 +57,18 @@ def fail(message):
     raise SystemExit(2)
 
 
-def time_alone(name, device, quick):
+def time_alone(name, device, quick, shape):
     """bench.throughput in a process of its own, whose peak memory is the model's."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         call = [sys.executable, "-m", "bench.throughput", name, "--device", device]
+        call += ["--shape", *map(str, shape)]
         call += ["--out", str(path), *(["--quick"] if quick else [])]
         subprocess.run(call, cwd=report.ROOT, check=True, stdout=subprocess.DEVNULL)
         return report.read(path)
 
 
-def train_all(names, folder, device, speed, seconds, progress):
+def train_all(names, folder, device, speed, seconds, progress, data=""):
     """Trains what has not been trained: to the end or, as its speed was measured, for seconds."""
     for name in names:
         row, out = speed[name]["training"], folder / name
@@ -77,8 +83,8 @@ def train_all(names, folder, device, speed, seconds, progress):
             if before["k"] == steps:
                 continue
         progress(f"training: {name}, {steps} updates")
-        flags = ("--train-steps", str(steps), "--n", "4", "--device", device.type)
-        models.train(name, out, *flags)
+        flags = ["--train-steps", str(steps), "--n", "4", "--device", device.type]
+        models.train(name, out, *flags, *(["--data", str(data)] if data else []))
         if models.script(name).load(path)["k"] < steps:
             fail("stopped; the same call goes on from here")
 
@@ -86,14 +92,7 @@ def train_all(names, folder, device, speed, seconds, progress):
 def score(judge, draw):
     """Mean and spread of the judge's figures over the sampling seeds; draw(seed) gives images and
     their captions."""
-    results = [judge.measure(*draw(seed)) for seed in SEEDS]
-    row = {"n": results[0]["n"], "seeds": list(SEEDS)}
-    for key, value in results[0].items():
-        if isinstance(value, dict):
-            row[key] = {k: models.spread([r[key][k] for r in results]) for k in value}
-        elif key != "n":
-            row[key] = models.spread([r[key] for r in results])
-    return row
+    return {**models.average([judge.measure(*draw(seed)) for seed in SEEDS]), "seeds": list(SEEDS)}
 
 
 def bits_per_dim(model, run, judge, n):
@@ -121,7 +120,8 @@ def score_model(judge, model, run, captions, n_bits, options):
     def draw(seed):
         return models.samples(model, run, captions, seed, **options), captions
 
-    row = {**score(judge, draw), "bits_per_dim": None}
+    row = {**score(judge, draw), "evaluations": models.evaluations(model, **options)}
+    row["bits_per_dim"] = None
     if n_bits:
         row["bits_per_dim"] = bits_per_dim(model, run, judge, n_bits)
     return row
@@ -157,6 +157,34 @@ def equal_seconds(rows, judge, names, folder, device):
         rows.add(name, measure, updates=run["k"])
 
 
+def stacked(rows, judge, names, folder, device):
+    """All rows of stacked.json: how many of 1,000 modes 26,000 samples find."""
+
+    def score_modes(draw):
+        found = [datasets.modes(judge, draw(seed)) for seed in SEEDS]
+        spreads = {key: models.spread([f[key] for f in found]) for key in ("modes", "kl")}
+        return {"n": found[0]["n"], "seeds": list(SEEDS), **spreads}
+
+    texts = [""] * 26_000
+    images = torch.from_numpy(datasets.stacked(len(texts))["x"]).permute(0, 3, 1, 2)
+    rows.add("training images", lambda: score_modes(lambda seed: images))
+    for name in names:
+        model, run = models.load(name, folder / name, device)
+        draw = partial(models.samples, model, run, texts)
+        rows.add(name, partial(score_modes, draw), updates=run["k"])
+
+
+def unseen(rows, judge, names, folder, device):
+    """All rows of unseen.json: three captions, left out of training and, beside it, not."""
+    captions = models.cycle(list(datasets.UNSEEN), 300)
+    for name in names:
+        options = {"guidance": 1.0} if name == "diffusion" else {}
+        for label, path in (("left out", folder / "unseen" / name), ("trained on", folder / name)):
+            model, run = models.load(name, path, device)
+            measure = partial(score_model, judge, model, run, captions, 0, options)
+            rows.add(f"{name}, {label}", measure, updates=run["k"])
+
+
 def picture(judge, loaded, out):
     """samples.png: a row of samples a model, under the same captions."""
     captions = judge.captions_test[:10]
@@ -178,6 +206,8 @@ def all_claims(rows, judge, quality, rates, loaded, folder):
         tables.append(("autoregression", claims.autoregression_is_slow, rates))
     if {"vae", "flow", "gan"} <= quality.keys():
         tables.append(("blurry", claims.vae_is_blurry, quality))
+    if "gan" in quality and "gan" in rates:
+        tables.append(("one shot", claims.gan_is_one_shot_and_sharp, quality, rates))
     if {"vae", "diffusion"} <= quality.keys():
         tables.append(("diffusion", claims.diffusion_is_best_and_slow, quality, rates))
     if claims.hybrid_pairs(quality):
@@ -186,6 +216,7 @@ def all_claims(rows, judge, quality, rates, loaded, folder):
         rows.add(name, partial(function, *given), again=True)
     if "flow" in loaded:
         rows.add("exact", partial(claims.flow_is_exact, *loaded["flow"], judge))
+        rows.add("likelihood", partial(claims.likelihood_is_exact, *loaded["flow"], judge))
     if "gan" in loaded:
         rows.add("critic", partial(claims.critic_ends_at_a_half, folder / "gan"))
     for name in {"vae", "flow", "diffusion"} & loaded.keys():
@@ -224,46 +255,65 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="minutes; says what it skips")
+    parser.add_argument("--data", default="", help="an .npz of images and captions [digits]")
     parser.add_argument("--out", type=Path, help="[results, in the folder of the runs]")
-    parser.add_argument("--runs", type=Path, help="folder of the runs [runs, or runs/quick]")
+    parser.add_argument("--runs", type=Path, help="of the runs [runs, runs/quick, runs/DATA]")
     parser.add_argument("--models", nargs="+", choices=models.SCRIPTS, default=list(models.SCRIPTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    folder = (args.runs or Path("runs/quick" if args.quick else "runs")).resolve()
-    out = args.out or folder / "results"
+    parts = ("runs", Path(args.data).stem, "quick" if args.quick else "")
+    folder = (args.runs or Path(*parts)).resolve()
+    data, out = str(Path(args.data).resolve()) if args.data else "", args.out or folder / "results"
+    shape = tuple(load_data(data)[0].shape[1:])
     out.mkdir(parents=True, exist_ok=True)
     start, names = time.time(), args.models
 
     def progress(text):
         print(f"[{time.time() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
 
+    def rows_of(file):
+        return Rows(out / file, device, progress, Path(data).name)
+
     device = torch.device(args.device)
+    whole = not (args.quick or data)
     if args.quick:
-        progress("skipped: ddpm with 1000 steps, training to the end,")
-        progress("         and the claim on the stability of GANs")
+        progress("skipped: ddpm with 1000 steps, training to the end")
         progress("reduced: 200 samples a seed, 40 of the autoregressive model")
-    speed = Rows(out / "throughput.json", device, progress)
+    if not whole:
+        progress("skipped: the table at equal seconds of training, StackedMNIST, captions never")
+        progress("         seen together, the claim on the stability of GANs")
+    if data:
+        progress("skipped: all claims, which are on the built-in digits")
+    speed = rows_of("throughput.json")
     for name in names:
-        speed.add(name, partial(time_alone, name, args.device, args.quick))
-    seconds = QUICK_SECONDS if args.quick else None
-    train_all(names, folder, device, speed.data["rows"], seconds, progress)
+        speed.add(name, partial(time_alone, name, args.device, args.quick, shape))
+    rates, seconds = speed.data["rows"], QUICK_SECONDS if args.quick else None
+    train_all(names, folder, device, rates, seconds, progress, data)
     progress("judge: a classifier of real images")
-    judge = Judge()
+    judge = Judge(data)
     loaded = {name: models.load(name, folder / name, device) for name in names}
-    rows = Rows(out / "quality.json", device, progress)
+    rows = rows_of("quality.json")
     quality(rows, judge, loaded, args.quick)
     picture(judge, loaded, out)
     report.plot_quality_against_speed(out)
-    truth = Rows(out / "claims.json", device, progress)
-    all_claims(truth, judge, rows.data["rows"], report.eager_rates(out), loaded, folder)
-    if not args.quick:
-        equal, fair = folder / "equal", Rows(out / "equal.json", device, progress)
-        train_all(names, equal, device, speed.data["rows"], EQUAL_SECONDS, progress)
-        equal_seconds(fair, judge, names, equal, device)
+    if not data:
+        truth = rows_of("claims.json")
+        all_claims(truth, judge, rows.data["rows"], report.eager_rates(out), loaded, folder)
+    if whole:
+        train_all(names, folder / "equal", device, rates, EQUAL_SECONDS, progress)
+        equal_seconds(rows_of("equal.json"), judge, names, folder / "equal", device)
         if "gan" in names:
             truth.add("stability", partial(stability, judge, folder, device))
-    for name, (make, _) in report.TABLES.items():
-        if name != "gpu":
+        for what, ask, some, place in (
+            ("stacked", stacked, STACKED, folder / "stacked"), ("unseen", unseen, UNSEEN, folder),
+        ):  # fmt: skip
+            some, file = [name for name in names if name in some], folder / f"{what}.npz"
+            if not file.exists():
+                datasets.save(what, file)
+            train_all(some, folder / what, device, rates, None, progress, file)
+            ask(rows_of(f"{what}.json"), judge, some, place, device)
+    for name, (make, file) in report.TABLES.items():
+        if (out / file).exists() and not file.startswith("fashion"):
             print(f"\n{name}\n\n{make(out)}")
     progress(f"done: {out}")
 

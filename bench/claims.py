@@ -162,6 +162,16 @@ def vae_is_blurry(quality):
     return row("VAE samples are blurry", line, sharp["vae"] < 0.85 * min(others))
 
 
+def gan_is_one_shot_and_sharp(quality, speed):
+    """As sharp as real images, and as fast as any other that was timed."""
+    sharp, rest = quality["gan"]["sharpness"]["mean"], set(speed) - {"gan"}
+    fastest = max(rest, key=speed.get) if rest else "gan"
+    line = f"sharpness {sharp:.2f} (real images: 1); {speed['gan']:.3g} images/s with one "
+    line += f"evaluation, the fastest other, {fastest}, {speed[fastest]:.3g}"
+    fast = speed["gan"] > 0.8 * speed[fastest]
+    return row("a GAN is one-shot and sharp", line, fast and abs(sharp - 1) < 0.15)
+
+
 def diffusion_is_best_and_slow(quality, speed):
     """At guidance 1, as all others; 20 steps."""
     fld = {name: row["fld"] for name, row in quality.items()
@@ -281,6 +291,24 @@ def flow_is_exact(model, run, judge, n=200):
     line += f"largest round-trip error {error:.1e}"
     claim = "a flow's latent has the image's dimension, and its inverse is exact"
     return row(claim, line, same and error < 1e-3, error=error)
+
+
+def likelihood_is_exact(model, run, judge, n=3):
+    """log |det dz/du| as the flow sums it up, against the whole Jacobian by autograd."""
+    x, captions = judge.x_test[:n] / 127.5 - 1, judge.captions_test[:n]
+    u = model.dequantize(x.to(model.device), torch.arange(n, device=model.device))
+    c = model.embed(to_words(captions, run["vocabulary"]).to(model.device))
+    ours, differences = model(u, c)[1].tolist(), []
+    for i in range(n):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v, i=i: model(v[None], c[i : i + 1])[0].flatten(), u[i]
+        )
+        truth = torch.linalg.slogdet(jacobian.flatten(1).double())[1].item()
+        differences.append(abs(ours[i] - truth))
+    line = f"log |det| of {n} images' Jacobians, about {np.mean(ours):.0f} nats: what the flow sums"
+    line += f" up and what autograd finds differ by {max(differences):.1e} at most"
+    verdict = max(differences) < 1e-4 * max(map(abs, ours))
+    return row("a flow's likelihood is exact", line, verdict, differences=differences)
 
 
 def paths_are_smooth(model, run, judge, n=24, steps=16):

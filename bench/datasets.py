@@ -1,4 +1,5 @@
-"""Two data files made of the built-in digits, each for one question.
+"""Two data files made of the built-in digits, each for one question, which `python -m bench` asks
+of its models. By hand:
 
   python -m bench.datasets stacked stacked.npz     three random digits as red, green and blue, no
                                                    caption: how many of the 1,000 modes are found?
@@ -20,6 +21,8 @@ StackedMNIST as in Metz et al. 2017, of the 4,500 training images.
 import argparse
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +32,14 @@ from bench.quality import Judge
 from diffusion import DIGITS, load_data
 
 UNSEEN = ("bold slanted two", "thin upright five", "bold upright eight")
+
+
+def save(what, path):
+    """Writes the data file "stacked" or "unseen", whole or not at all."""
+    temporary = Path(path).with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **(stacked() if what == "stacked" else unseen()))
+    os.replace(temporary, path)
 
 
 def stacked(n=20_000):
@@ -80,8 +91,7 @@ def main(argv=None):
             parser.exit(2, f"bench.datasets: error: {args.file}: take 28x28 images in colour\n")
         print(json.dumps(modes(Judge(), x)))
         return
-    with open(args.file, "wb") as file:
-        np.savez_compressed(file, **(stacked() if args.what == "stacked" else unseen()))
+    save(args.what, args.file)
     print(args.file)
 
 

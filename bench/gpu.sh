@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The speed comparison on a GPU, in parts of at most 9 minutes, 25 together, each useful alone:
 #
-#   bench/gpu.sh PART [RESULTS]      PART: speed, diffusion, gan, flow, vae, hybrids, autoregressive
+#   bench/gpu.sh PART [RESULTS]      PART: speed, correct, diffusion, gan, flow, vae,
+#                                    hybrids, autoregressive
 #
 # On any machine with torch 2.11 or newer; no network. Data: $DATA, an .npz of bench.pack (full
 # Fashion-MNIST below 32 MB, made beforehand by
@@ -23,11 +24,11 @@ data=(${DATA:+--data "$DATA"})
 # two to four times the CPU defaults' width, for a GPU would idle at theirs; large batches; more
 # updates
 size=(--width 128 --batch-size 512 --checkpoint-every 2000 --compile)
-steps=8000 samples=500 seconds=0.5
+steps=8000 samples=500 seconds=0.5 tiny=()
 models="vae flow gan vae-gan flow-gan diffusion-gan diffusion autoregressive"
 if [ -n "${TINY:-}" ]; then
   size=(--width 32 --embedding 16 --batch-size 8)
-  steps=2 samples=20 seconds=0.05 models="flow autoregressive"
+  steps=2 samples=20 seconds=0.05 models="flow autoregressive" tiny=("${size[@]}")
 fi
 
 quality() { # NAME SCRIPT FLAGS...: trains, samples under three seeds, measures, evaluates
@@ -50,7 +51,16 @@ case $part in
   speed)
     for model in $models; do
       timeout $([ "$model" = diffusion ] && echo 150 || echo 55) python -m bench.throughput "$model" --seconds "$seconds" \
-        ${TINY:+--quick --side 8}         --out "$results/throughput-$model.json" || echo "$model: the rows so far"
+        ${TINY:+--quick --shape 1 8 8} --out "$results/throughput-$model.json" || echo "$model: the rows so far"
+    done
+    ;;
+  correct) # are bf16, compiled and captured samples those of fp32? each model trained for a while
+    for model in ${models/autoregressive/}; do
+      script=$model flags=()
+      case $model in *-gan) script=hybrids flags=(--model "$model") ;; esac
+      python -m "$script" --train --train-steps $((steps / 20 + 1)) --n 4 "${tiny[@]}" "${flags[@]}" \
+        "${data[@]}" --out "$runs/$model"
+      python -m bench.correct "$model" "$runs/$model" --out "$results/correct-$model.json"
     done
     ;;
   diffusion | gan | flow | vae) quality "$part" "$part" ;;

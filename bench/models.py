@@ -1,6 +1,7 @@
 """The models by name: their scripts, their runs, their samples."""
 
 import importlib
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -60,6 +61,17 @@ def load(name, out, device="cpu"):
     return model, run
 
 
+def evaluations(model, **options):
+    """How often `sample` calls the network for one image, a guided step's two counted as two;
+    options, e.g. steps, change the model's Config."""
+    cfg = replace(model.cfg, **options)
+    if model.name == "diffusion":
+        return cfg.steps * (1 + (cfg.sampler == "heun")) * (1 + (cfg.guidance != 1))
+    if model.name == "diffusion-gan":
+        return cfg.denoising_steps
+    return math.prod(model.latent_shape) if model.name == "autoregressive" else 1
+
+
 def samples(model, run, captions, seed, z=None, batch=100, **options):
     """Images for captions, uint8 (N, C, H, W), as --sample --seed draws them, or decoded from the
     codes z (N, ...); options, e.g. steps, change the model's Config."""
@@ -83,3 +95,14 @@ def spread(values):
     """Mean and standard deviation, as plain numbers."""
     values = np.asarray(values, float)
     return {"mean": float(values.mean()), "std": float(values.std(ddof=len(values) > 1))}
+
+
+def average(results):
+    """A row of means and spreads of the judge's figures, one result a sampling seed."""
+    row = {"n": results[0]["n"]}
+    for key, value in results[0].items():
+        if isinstance(value, dict):
+            row[key] = {k: spread([r[key][k] for r in results]) for k in value}
+        elif key != "n":
+            row[key] = spread([r[key] for r in results])
+    return row

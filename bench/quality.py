@@ -13,7 +13,8 @@ diversity).
              images alone, weight and slant of the built-in digits by the captions' own formulas
   FLD        Frechet distance of the classifier's features to the training images' (FID has other
              features: never compare the two)
-  precision, recall   Kynkaanniemi et al. 2019; density, coverage: Naeem et al. 2020; k = 5
+  precision, recall   Kynkaanniemi et al. 2019; density, coverage: Naeem et al. 2020; k = 5, against
+             all training images or, of more than 5,000, every so manyth
   sharpness  mean absolute Laplacian over that of the training images; both sides of 1 are wrong
   nearest    median distance of a sample to its nearest training image, in pixels, over the same
              for held-out images; well under 1 are copies
@@ -37,7 +38,7 @@ from bench import models
 from bench.report import environment, write
 from diffusion import DIGITS, digit_attributes, load_data
 
-K = 5
+K, REFERENCES = 5, 5000
 
 
 class Classifier(nn.Module):
@@ -119,8 +120,9 @@ def diversity(features, captions):
 class Judge:
     """What samples are held against: real images, and a classifier trained on them."""
 
-    def __init__(self, path="", steps=800, batch_size=128):
+    def __init__(self, path="", steps=None, batch_size=128):
         self.x, self.captions, self.x_test, self.captions_test = load_data(path)
+        steps = steps or min(max(len(self.x) // 20, 800), 4000)
         self.digits = not path  # the built-in ones: attributes by formula
         columns = attributes(self.captions)
         self.values = [{v: i for i, v in enumerate(sorted(set(column)))} for column in columns]
@@ -146,7 +148,9 @@ class Judge:
             schedule.step()
         self.classifier.eval().requires_grad_(False)
         self.features, self.sharpness = self.embed(self.x), sharpness(self.x)
-        self.diversity = diversity(self.features, self.captions)
+        every = -(-len(self.x) // REFERENCES)
+        self.references = self.features[::every].numpy()
+        self.diversity = diversity(self.features[::every], self.captions[::every])
         if self.digits:
             every = torch.cat([self.x, self.x_test])
             digit = np.array([c.split()[2] for c in self.captions + self.captions_test])
@@ -204,7 +208,7 @@ class Judge:
             "agreement": self.read(x, features, captions),
             "shuffled": shuffled,
             "fld": frechet_distance(self.features, features),
-            **manifold_figures(self.features.numpy(), features.numpy()),
+            **manifold_figures(self.references, features.numpy()),
             "sharpness": sharpness(x) / self.sharpness,
             "nearest": self.distance(x) / self.held_out,
             "diversity": diversity(features, captions) / self.diversity,

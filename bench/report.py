@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench import models
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 
@@ -64,19 +66,30 @@ def percent(value):
 
 
 def quality_table(folder, file="quality.json"):
-    """What the samples are like, a row a model, beside the real images and the baselines."""
-    rows = read(folder / file).get("rows", {})
-    names = sorted({name for row in rows.values() for name in row["agreement"]})
-    names = [n for n in ("digit", "weight", "slant") if n in names] or names
+    """What the samples are like, a row a model, beside the real images and the baselines; and what
+    that took: parameters, seconds of training, evaluations of the network for an image."""
+    rows, speed = read(folder / file).get("rows", {}), read(folder / "throughput.json")
+    return table_of_quality(rows, speed.get("rows", {}))
+
+
+def table_of_quality(rows, speed):
+    """quality_table of rows of quality.json and of throughput.json."""
+    attributes = {name for row in rows.values() for name in row["agreement"]}
+    names = [n for n in ("digit", "weight", "slant") if n in attributes] or sorted(attributes)
     others = "fld precision recall density coverage sharpness nearest diversity".split()
     body = []
     for name, row in rows.items():
         cells = [percent(row["agreement"][n]) for n in names]
         cells += [number(row[n], 1 if n == "fld" else 2) for n in others]
-        bits = row.get("bits_per_dim")
-        bits = number(bits and bits["bits_per_dim"])
-        body.append([name, str(row["n"]), *cells, bits])
-    return table(["images", "n", *names, "FLD", *others[1:], "bits/dim"], body)
+        bits, timed = row.get("bits_per_dim"), speed.get(name.split()[0])
+        cost = ["-"] * 3
+        if timed and "updates" in row:
+            training = row["updates"] * timed["training"]["seconds"]
+            size = timed["sampling"][0]["parameters"] / 1e6
+            cost = [number(size), number(training, 0), str(row["evaluations"])]
+        body.append([name, *cells, number(bits and bits["bits_per_dim"]), *cost])
+    head = ["images", *names, "FLD", *others[1:], "bits/dim", "parameters (M)", "training (s)"]
+    return table([*head, "evaluations"], body)
 
 
 def equal_table(folder):
@@ -84,30 +97,72 @@ def equal_table(folder):
     return quality_table(folder, "equal.json")
 
 
+def fashion_table(folder):
+    """The same of Fashion-MNIST."""
+    return quality_table(folder / "fashion")
+
+
+def stacked_table(folder):
+    """How many of StackedMNIST's 1,000 modes samples find, a row a model."""
+    rows = read(folder / "stacked.json").get("rows", {}).items()
+    body = [[name, number(row["modes"], 0), number(row["kl"], 3)] for name, row in rows]
+    return table(["images", "modes of 1,000", "KL to uniform (nats)"], body)
+
+
+def unseen_table(folder):
+    """Agreement with three captions that were left out of training, and were not."""
+    body, names = [], ("digit", "weight", "slant")
+    for name, row in read(folder / "unseen.json").get("rows", {}).items():
+        model, captions = name.split(", ")
+        body.append([model, captions, *(percent(row["agreement"][n]) for n in names)])
+    return table(["model", "the captions were", *names], body)
+
+
 def speed_table(folder, results=None):
     """How fast each sampler is, a row a sampler and mode."""
     if results is None:
         results = read(folder / "throughput.json").get("rows", {})
     head = ["sampler", "mode", "evaluations", "images/s", "latency (ms)", "GFLOP/image"]
-    head += ["share of ceiling", "parameters (M)"]
+    head += ["MB/image", "nearer ceiling", "share of it", "memory (MB)", "parameters (M)"]
     body = []
     for result in results.values():
         for row in result["sampling"]:
             rate = row["images_per_s"]
             cells = [row["name"], f"{row['mode']}, {row['dtype']}", str(row["evaluations"])]
             cells += [number(rate, 0 if rate >= 10 else 2), number(1000 * row["latency"], 1)]
-            cells += [number(row.get("gflops_per_image"), 3)]
-            share = row.get("share_of_ceiling")
-            cells += [f"{100 * share:.0f}%" if share else "-", number(row["parameters"] / 1e6)]
+            cells += [number(row["gflops_per_image"], 3), number(row["megabytes_per_image"], 1)]
+            cells += [row["bound"], f"{100 * row['share_of_ceiling']:.0f}%"]
+            cells += [number(row["peak_memory_mb"], 0), number(row["parameters"] / 1e6)]
             body.append(cells)
     return table(head, body)
 
 
 def gpu_table(folder):
-    """The same of the files that bench/gpu.sh wrote, and what they were measured on."""
-    results = {path: read(path) for path in sorted(Path(folder, "gpu").glob("throughput-*.json"))}
-    devices = {f"{result['device']}, torch {result['torch']}" for result in results.values()}
-    return f"{', '.join(sorted(devices))}:\n\n{speed_table(folder, results)}" if results else ""
+    """The same of the files that bench/gpu.sh wrote, with what they were measured on; whether the
+    fast ways are right; and what the samples are like after training at a GPU's scale."""
+
+    def files(kind):
+        paths = sorted(Path(folder, "gpu").glob(f"{kind}-*.json"))
+        return {path.stem.removeprefix(f"{kind}-"): read(path) for path in paths}
+
+    speed, correct, quality = files("throughput"), files("correct"), files("quality")
+    results = [*speed.values(), *correct.values(), *quality.values()]
+    if not results:
+        return ""
+    devices = {f"{result['device']}, torch {result['torch']}" for result in results}
+    body = []
+    for name, result in correct.items():
+        for way, row in result["rows"].items():
+            figures = [number(row["mean"], 3), number(row["largest"], 1)]
+            body.append([name, way, *figures, "yes" if row["right"] else "no"])
+    levels = table(["model", "way", "mean difference of 255", "largest", "right"], body)
+    rows = {}
+    for name, result in quality.items():
+        drawn = {key: row for key, row in result["rows"].items() if key.endswith(".npz")}
+        rows |= {k: models.average([v]) for k, v in result["rows"].items() if k not in drawn}
+        rows[name] = models.average(list(drawn.values()))
+    parts = [speed_table(folder, speed), levels, table_of_quality(rows, {})]
+    return "\n\n".join([f"{', '.join(sorted(devices))}:", *parts])
 
 
 def training_table(folder):
@@ -132,7 +187,9 @@ def claims_table(folder):
 TABLES = {
     "quality": (quality_table, "quality.json"), "speed": (speed_table, "throughput.json"),
     "training": (training_table, "throughput.json"), "equal": (equal_table, "equal.json"),
-    "claims": (claims_table, "claims.json"), "gpu": (gpu_table, "none"),
+    "claims": (claims_table, "claims.json"), "stacked": (stacked_table, "stacked.json"),
+    "unseen": (unseen_table, "unseen.json"), "fashion": (fashion_table, "fashion/quality.json"),
+    "gpu": (gpu_table, "none"),
 }  # fmt: skip
 
 

@@ -5,7 +5,9 @@
 Weights are fresh ones: speed does not depend on them. Each figure is the median of
 repeats after a warm-up; before and after a row the machine's own ceiling is timed, and a row whose
 ceilings fell, or whose repeats scatter, is timed again: a busy neighbour slows a row more than the
-ceiling. FLOPs are counted by torch.utils.flop_counter.
+ceiling. FLOPs are counted by torch.utils.flop_counter, bytes as what each eager operation reads and
+writes. The share of the ceiling is of the nearer one: arithmetic, or memory, whose share is above
+100% where caches hold what is passed on. What takes the time is profiled, one call a row.
 """
 
 import argparse
@@ -18,14 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import prior
 from bench import models
 from bench.report import environment, write
 
-SIDE, WORDS = 28, 14  # of the built-in data
+SHAPE, WORDS = (1, 28, 28), 14  # of the built-in data
 
 
 def synchronize(device):
@@ -77,6 +82,44 @@ def gflops(call):
     return counter.get_total_flops() / 1e9
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, views not counted."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, torch.Tensor)]
+            self.total += sum(v.nbytes for v in tensors)
+        return out
+
+
+def megabytes(call):
+    """Bytes that the operations of a call read and write, in millions."""
+    with Traffic() as traffic:
+        call()
+    return traffic.total / 1e6
+
+
+def profile(call, device, top=6):
+    """What a call spends its time on: the operations, on CUDA kernels, that take most of it, each
+    with its share, and the share of the wall clock in which none ran."""
+    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    with torch.profiler.profile() as profiler:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        wall = 1e6 * (time.perf_counter() - start)
+    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    times = {event.key[:80]: getattr(event, name) for event in events}
+    busy = sum(times.values())
+    shares = {key: times[key] / busy for key in sorted(times, key=times.get, reverse=True)[:top]}
+    return {"shares": shares, "idle": max(0.0, 1 - busy / wall)}
+
+
 class Guard:
     """Times a row again while other load on the machine disturbs it."""
 
@@ -106,22 +149,18 @@ class Guard:
         return {"seconds": median, "scatter": scatter, "disturbed": True}
 
 
-def settings(name, quick, side):
-    """Samplers and numbers of steps to time: (label, Config's options, evaluations an image)."""
+def settings(name, quick):
+    """Samplers and numbers of steps to time: (label, Config's options)."""
     if name != "diffusion":
-        n = {"diffusion-gan": 4, "autoregressive": side * side}.get(name, 1)
-        return [(name, {}, n)]
-    steps = (20, 4, 1) if quick else (250, 50, 20, 10, 4, 1)
-    rows = [(f"dpm, {n}", {"sampler": "dpm", "steps": n}, n) for n in steps]
-    rows += [(f"{s}, 20", {"sampler": s, "steps": 20}, n) for s, n in (("euler", 20), ("heun", 40))]
-    rows += [("ddpm, 50", {"sampler": "ddpm", "steps": 50}, 50)]
-    if not quick:
-        rows += [("ddpm, 1000", {"sampler": "ddpm", "steps": 1000}, 1000)]
-    return [(f"diffusion {label}", {"guidance": 1.0, **o}, n) for label, o, n in rows]
+        return [(name, {})]
+    rows = [("dpm", n) for n in ((20, 4, 1) if quick else (250, 50, 20, 10, 4, 1))]
+    rows += [("euler", 20), ("heun", 20), ("ddpm", 50), *([] if quick else [("ddpm", 1000)])]
+    options = [{"guidance": 1.0, "sampler": sampler, "steps": n} for sampler, n in rows]
+    return [(f"diffusion {o['sampler']}, {o['steps']}", o) for o in options]
 
 
 def sampler(model, batch, captured=False):
-    """A call that draws a batch of images, and, on CUDA, replays a graph of it if so asked."""
+    """A call that draws a batch of images, x in [-1, 1], or replays a CUDA graph that does."""
     device = model.device
     seeds = prior.fold_in(0, torch.arange(batch, device=device))
     z = prior.normal(seeds, model.latent_shape)
@@ -141,41 +180,47 @@ def sampler(model, batch, captured=False):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        x = call()
+
+    def replay():
+        graph.replay()
+        return x
+
+    return replay
 
 
-def memory(device):
-    """Peak memory in MB: of the device, or of this process."""
+def memory(call, device):
+    """Peak memory in MB: of the device during a call, or of this process until now."""
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def sampling_rows(name, device, quick, compiled, side, budget):
+def sampling_rows(name, device, quick, compiled, shape, budget):
     """Yields a dict for each setting and mode of the model, after about `budget` seconds each."""
     guard = Guard(device)
     modes = ["eager", *(["compiled"] if compiled else [])]
     modes += ["graph"] if device.type == "cuda" else []
-    for label, options, evaluations in settings(name, quick, side):
+    for label, options in settings(name, quick):
         for mode in modes:
-            if mode == "compiled" and evaluations > 50:
+            if mode == "compiled" and options.get("steps", 1) > 50:
                 continue  # the same network as with fewer steps
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            model = models.build(name, (1, side, side), WORDS, device)
+            model = models.build(name, shape, WORDS, device)
             model.cfg = replace(model.cfg, **options)
             parameters = sum(p.numel() for p in model.parameters())
             if mode == "compiled":
                 models.script(name).compile_parts(model)
-            row = {"name": label, "model": name, "mode": mode, "evaluations": evaluations}
+            row = {"name": label, "model": name, "mode": mode}
+            row["evaluations"] = models.evaluations(model)
             dtype = dtype_of(name, device)
             row |= {"dtype": "bf16" if dtype == torch.bfloat16 else "fp32"}
             row |= {"parameters": parameters, "batches": {}}
             if mode == "eager":
                 work = gflops(sampler(model, 2)) / 2
             row["gflops_per_image"] = work
-            batch, best = 1, 0.0
+            batch, best, at = 1, 0.0, 1
             while batch <= (4096 if device.type == "cuda" else 256):
                 call = sampler(model, batch, mode == "graph")
                 once = seconds(call, device, 1)[0]
@@ -183,14 +228,27 @@ def sampling_rows(name, device, quick, compiled, side, budget):
                 timed = guard.time(call, repeats, tries=2 if quick else 3)
                 rate = batch / timed["seconds"]
                 row["batches"][batch] = {**timed, "images_per_s": rate}
-                slower, best = rate < 0.9 * best, max(rate, best)
+                slower = rate < 0.9 * best
+                if rate > best:
+                    best, at = rate, batch
                 if once > budget or (batch > 16 and slower):
                     break
                 batch *= 4
             row["latency"], row["images_per_s"] = row["batches"][1]["seconds"], best
-            top = max(v for k, v in ceilings(device, dtype).items() if k.endswith("tflops"))
-            row["share_of_ceiling"] = best * work / 1e3 / top
-            row["peak_memory_mb"] = memory(device)
+            best_call = sampler(model, at, mode == "graph")
+            row["peak_memory_mb"] = memory(best_call, device)
+            if mode == "eager":
+                traffic = megabytes(best_call) / at
+            row["megabytes_per_image"] = traffic
+            top = ceilings(device, dtype)
+            needed = {
+                "arithmetic": work / 1e3 / max(v for k, v in top.items() if k.endswith("tflops")),
+                "memory": traffic / 1e3 / top["copy_gb_per_s"],
+            }  # seconds an image
+            row["bound"] = max(needed, key=needed.get)
+            row["share_of_ceiling"] = best * needed[row["bound"]]
+            if row["evaluations"] <= 50 or name == "autoregressive":
+                row["profile"] = profile(best_call, device)
             print(json.dumps({k: v for k, v in row.items() if k != "batches"}), flush=True)
             yield row
 
@@ -202,16 +260,16 @@ def dtype_of(name, device):
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def training_row(name, device, side, repeats):
+def training_row(name, device, shape, repeats):
     """Images per second of the script's own step, at its own batch size."""
     module = models.script(name)
-    model = models.build(name, (1, side, side), WORDS, device).requires_grad_(True).train()
+    model = models.build(name, shape, WORDS, device).requires_grad_(True).train()
     cfg, ema = model.cfg, module.copy.deepcopy(model).requires_grad_(False)
     optimizers = module.make_optimizers(model, cfg)
     for optimizer in optimizers:
         optimizer.found_inf = torch.zeros((), device=device)
     seeds = torch.arange(cfg.batch_size, device=device)
-    x = (256 * prior.uniform(seeds, (1, side, side))).floor() / 127.5 - 1
+    x = (256 * prior.uniform(seeds, shape)).floor() / 127.5 - 1
     words = torch.ones(cfg.batch_size, 3, dtype=torch.long, device=device)
     updates = itertools.count()
 
@@ -226,17 +284,17 @@ def training_row(name, device, side, repeats):
     return row | {"train_steps": cfg.train_steps, "training_seconds": needed}
 
 
-def measure(name, device, quick, compiled=False, side=SIDE, budget=None):
+def measure(name, device, quick, compiled=False, shape=SHAPE, budget=None):
     """All rows of one model, with the machine's ceilings: yields the result as it grows."""
     budget = budget or (2.0 if quick else 4.0)
     if device.type == "cuda":  # as the scripts' find_device
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     result = {"ceilings": ceilings(device), "training": None, "sampling": []}
     # sampling first: on a CPU its peak memory must be none of training's
-    for row in sampling_rows(name, device, quick, compiled, side, budget):
+    for row in sampling_rows(name, device, quick, compiled, shape, budget):
         result["sampling"].append(row)
         yield result
-    result["training"] = training_row(name, device, side, 5 if quick else 20)
+    result["training"] = training_row(name, device, shape, 5 if quick else 20)
     yield result
 
 
@@ -249,12 +307,13 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="fewer settings and repeats")
     compiled = parser.add_argument("--compiled", action=argparse.BooleanOptionalAction)
     compiled.default, compiled.help = torch.cuda.is_available(), "also compiled [on a GPU]"
-    parser.add_argument("--side", type=int, default=SIDE, help="of the images, divisible by 4")
+    shape = parser.add_argument("--shape", type=int, nargs=3, default=SHAPE)
+    shape.help, shape.metavar = "of the images, sides divisible by 4 [1 28 28]", ("C", "H", "W")
     parser.add_argument("--seconds", type=float, help="for each setting [2 if quick, else 4]")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    given = args.model, device, args.quick, args.compiled, args.side, args.seconds
+    given = args.model, device, args.quick, args.compiled, tuple(args.shape), args.seconds
     here = environment(device.type)
     for result in measure(*given):
         if args.out:

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 import prior
-from bench import autoregressive, claims, datasets, models, quality, report, throughput
+from bench import autoregressive, claims, correct, datasets, models, quality, report, throughput
 
 
 def test_frechet_distance_of_known_normals():
@@ -129,6 +129,34 @@ def test_a_disturbed_row_is_timed_again_and_said_to_be(monkeypatch):
     assert guard.time(None, 1) == {"seconds": 2.0, "scatter": 0.0, "disturbed": True}
 
 
+def test_bytes_and_profile_of_a_call():
+    a, b = torch.zeros(64, 32), torch.zeros(32, 16)
+    needed = 4 * (64 * 32 + 32 * 16 + 64 * 16) / 1e6
+    assert throughput.megabytes(lambda: (a @ b).view(-1)) == pytest.approx(needed)
+    seen = throughput.profile(lambda: [a @ b for _ in range(10)], torch.device("cpu"))
+    assert "aten::mm" in seen["shares"] and 0 <= seen["idle"] < 1
+
+
+@pytest.mark.parametrize("name", models.SCRIPTS)
+def test_evaluations_are_what_sampling_calls(name):
+    """Counted by a hook on the network that each image passes through."""
+    model = models.build(name, (1, 8, 8), 4, "cpu", width=32, embedding=16)
+    if name == "diffusion":  # guidance 1.5: one call with the batch twice counts twice
+        model.cfg = models.replace(model.cfg, sampler="heun", steps=3)
+    networks = {"vae": "decoder", "flow": "last", "gan": "generator", "diffusion": "net"}
+    networks |= {"vae-gan": "decoder", "flow-gan": "flow.last", "diffusion-gan": "net"}
+    networks["autoregressive"] = "norm"
+    network, rows = model.get_submodule(networks[name]), []
+    if name.startswith("flow"):
+        inverse = network.inverse
+        network.inverse = lambda *a: rows.append(len(a[0])) or inverse(*a)
+    else:
+        network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    call = throughput.sampler(model, 2)
+    call()
+    assert sum(rows) / 2 == models.evaluations(model)
+
+
 @pytest.mark.parametrize("name", models.SCRIPTS)
 def test_every_model_builds_and_samples_as_its_script_does(name):
     model = models.build(name, (1, 8, 8), 4, "cpu", width=32, embedding=16)
@@ -213,17 +241,41 @@ def test_tables_are_made_of_result_files(tmp_path):
     row = {"agreement": {"digit": spread}, "bits_per_dim": None, "n": 20}
     row |= {k: spread for k in "fld precision recall density coverage sharpness nearest".split()}
     report.write(tmp_path / "quality.json", {"rows": {"vae": {**row, "diversity": spread}}})
-    assert "| vae | 20 | 50.0 ± 10.0% | 0.5 ± 0.1 |" in report.quality_table(tmp_path)
+    assert "| vae | 50.0 ± 10.0% | 0.5 ± 0.1 |" in report.quality_table(tmp_path)
     assert "a \\| b" in report.table(["head"], [["a | b"]])
     assert report.read(tmp_path / "none.json") == {}
     assert report.gpu_table(tmp_path) == ""
     timed = {"name": "vae", "mode": "graph", "dtype": "bf16", "evaluations": 1, "latency": 1e-4}
-    timed |= {"images_per_s": 1e6, "gflops_per_image": 0.1, "parameters": 2e6}
+    timed |= {"images_per_s": 1e6, "gflops_per_image": 0.1, "parameters": 2e6, "bound": "memory"}
+    timed |= {"megabytes_per_image": 3.0, "share_of_ceiling": 0.4, "peak_memory_mb": 700.0}
     (tmp_path / "gpu").mkdir()
-    card = {"device": "a card", "torch": "2.13", "sampling": [timed], "training": None}
-    report.write(tmp_path / "gpu/throughput-vae.json", card)
+    card = {"device": "a card", "torch": "2.13"}
+    speed = {**card, "sampling": [timed], "training": None}
+    report.write(tmp_path / "gpu/throughput-vae.json", speed)
+    checked = {"compiled": {"mean": 0.001, "largest": 1.0, "right": True}}
+    report.write(tmp_path / "gpu/correct-vae.json", {**card, "rows": checked})
+    seeds = [{"agreement": {"digit": value}, "n": 20, "fld": value} for value in (0.4, 0.6)]
+    for drawn in seeds:
+        drawn |= {key: 1.0 for key in row if key not in ("agreement", "bits_per_dim", "n", "fld")}
+        drawn["diversity"] = 1.0
+    drawn = {f"{i}.npz": drawn for i, drawn in enumerate(seeds)}
+    report.write(tmp_path / "gpu/quality-vae.json", {**card, "rows": drawn})
     assert "a card, torch 2.13:" in report.gpu_table(tmp_path)
-    assert "| vae | graph, bf16 | 1 | 1000000 | 0.1 |" in report.gpu_table(tmp_path)
+    line = "| vae | graph, bf16 | 1 | 1000000 | 0.1 | 0.100 | 3.0 | memory | 40% | 700 | 2.00 |"
+    assert line in report.gpu_table(tmp_path)
+    assert "| vae | compiled | 0.001 | 1.0 | yes |" in report.gpu_table(tmp_path)
+    assert "| vae | 50.0 ± 14.1% | 0.5 ± 0.1 | 1.00 ± 0.00 |" in report.gpu_table(tmp_path)
+    trained = {"training": {"seconds": 0.5}, "sampling": [timed]}
+    report.write(tmp_path / "throughput.json", {"rows": {"vae": trained}})
+    row |= {"diversity": spread, "updates": 40, "evaluations": 1}
+    report.write(tmp_path / "quality.json", {"rows": {"vae": row}})
+    assert report.quality_table(tmp_path).endswith("| - | 2.00 | 20 | 1 |")
+    found = {"modes": {"mean": 998.0, "std": 1.0}, "kl": {"mean": 0.1, "std": 0.01}}
+    report.write(tmp_path / "stacked.json", {"rows": {"gan": found}})
+    assert "| gan | 998 ± 1 | 0.100 ± 0.010 |" in report.stacked_table(tmp_path)
+    agreement = {"agreement": {"digit": spread, "weight": spread, "slant": spread}}
+    report.write(tmp_path / "unseen.json", {"rows": {"vae, left out": agreement}})
+    assert "| vae | left out | 50.0 ± 10.0% |" in report.unseen_table(tmp_path)
     assert stats.norm.cdf(0) == 0.5
 
 
@@ -249,7 +301,7 @@ def test_data_of_stacked_and_unseen_captions():
     assert len(set(data["y"])) == 37 and len(data["x"]) == len(data["y"]) < 4500
 
 
-@pytest.mark.parametrize("part", ["speed", "flow"])
+@pytest.mark.parametrize("part", ["speed", "correct", "flow"])
 def test_gpu_parts_run_at_tiny_size(part, data, tmp_path):
     out = tmp_path / "results"
     env = {**os.environ, "TINY": "1", "DATA": str(data), "CUDA_VISIBLE_DEVICES": ""}
@@ -261,5 +313,42 @@ def test_gpu_parts_run_at_tiny_size(part, data, tmp_path):
         for name in files:
             rows = json.loads((out / name).read_text())["sampling"]
             assert rows and all(row["images_per_s"] > 0 for row in rows)
+    elif part == "correct":
+        assert files == {"correct-flow.json"}
+        rows = json.loads((out / "correct-flow.json").read_text())["rows"]
+        assert rows.keys() == {"compiled", "bf16", "there and back"}
+        assert all(row["right"] for row in rows.values())
     else:
-        assert any(name.startswith("quality-") for name in files) and len(files) <= 8
+        assert files == {f"{kind}-flow.{end}" for kind, end in
+                         (("quality", "json"), ("bits", "json"), ("samples", "png"))}  # fmt: skip
+
+
+def test_a_wrong_fast_way_is_seen(monkeypatch):
+    model = models.build("vae", (1, 8, 8), 4, "cpu", width=32, embedding=16)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    run, script = {"vocabulary": ["bright"], "captions": ["bright"]}, models.script("vae")
+    monkeypatch.setattr(script, "compile_parts", lambda model: None)
+    assert all(row["right"] for row in correct.check(model, run, 4).values())
+    monkeypatch.setattr(script, "compile_parts", lambda model: model.decoder.head.weight.mul_(2))
+    rows = correct.check(model, run, 4)
+    assert not rows["compiled"]["right"] and rows["bf16"]["right"]
+
+
+def test_an_interrupted_call_goes_on(monkeypatch, data, tmp_path):
+    from bench import __main__ as bench
+
+    monkeypatch.setattr(bench, "QUICK_SECONDS", 0.1)
+    call = ["--quick", "--models", "vae", "--runs", str(tmp_path), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "quality", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bench.main([*call, "--data", str(data)])
+    paths = [tmp_path / name for name in ("results/throughput.json", "vae/checkpoint.pt")]
+    before = [path.stat().st_mtime_ns for path in paths]
+    bench.main([*call, "--data", str(data)])
+    assert before == [path.stat().st_mtime_ns for path in paths]
+    files = {path.name for path in (tmp_path / "results").iterdir()}
+    assert files == {"throughput.json", "quality.json", "samples.png", "quality_speed.png"}
+    with pytest.raises(SystemExit):  # its figures are of other data
+        bench.main(call)

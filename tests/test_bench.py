@@ -183,7 +183,11 @@ def test_a_table_and_its_claims_from_nothing_but_models(judge, tmp_path):
     rows = bench.Rows(tmp_path / "quality.json", torch.device("cpu"), print)
     bench.quality(rows, judge, loaded, quick=True)
     scores = rows.data["rows"]
-    assert {*loaded, "diffusion dpm, 20", "diffusion dpm, 4", "real, held out"} <= scores.keys()
+    guided = "diffusion dpm, 20, guidance 1.5"
+    assert {"vae", "flow", "vae-gan", "diffusion dpm, 4", guided, "real, held out"} <= scores.keys()
+    assert (scores[guided]["evaluations"], scores["diffusion dpm, 20"]["evaluations"]) == (40, 20)
+    assert scores[guided]["bits_per_dim"] is None
+    assert scores["diffusion dpm, 20"]["bits_per_dim"]["kind"] == "ODE estimate"
     assert scores["flow"]["bits_per_dim"]["kind"] == "dequantized bound"
     assert scores["vae"]["updates"] == 7 and scores["vae-gan"]["bits_per_dim"] is None
     rates = {"vae": 1000.0, "diffusion dpm, 20": 10.0, "diffusion dpm, 4": 50.0}

@@ -462,6 +462,7 @@ def autocast(device):
 
 def compile_parts(model):
     """torch.compile for each part of a model; of one with an inverse, for what both ways share."""
+    torch._dynamo.config.recompile_limit = 256  # all parts share it: 8 would leave some eager
     for part in model.children():
         if isinstance(part, nn.ModuleList) or hasattr(part, "inverse"):
             compile_parts(part)

@@ -3,6 +3,7 @@
   python -m bench --quick          in minutes on a CPU: trains each model for a short, equal time
   python -m bench                  on the runs in runs/, which it trains where there are none
   python -m bench --data FILE.npz  speed and quality on other images, e.g. of bench.pack
+  python -m bench --seconds 60 --width 128 --batch-size 512     the same at another scale
 
 writes throughput.json, quality.json, equal.json (after as many seconds of training for all),
 claims.json, stacked.json, unseen.json (bench/datasets.py), quality_speed.png and samples.png into
@@ -57,18 +58,16 @@ def fail(message):
     raise SystemExit(2)
 
 
-def time_alone(name, device, quick, shape):
+def time_alone(name, *flags):
     """bench.throughput in a process of its own, whose peak memory is the model's."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
-        call = [sys.executable, "-m", "bench.throughput", name, "--device", device]
-        call += ["--shape", *map(str, shape)]
-        call += ["--out", str(path), *(["--quick"] if quick else [])]
+        call = [sys.executable, "-m", "bench.throughput", name, "--out", str(path), *flags]
         subprocess.run(call, cwd=report.ROOT, check=True, stdout=subprocess.DEVNULL)
         return report.read(path)
 
 
-def train_all(names, folder, device, speed, seconds, progress, data=""):
+def train_all(names, folder, speed, seconds, progress, *flags):
     """Trains what has not been trained: to the end or, as its speed was measured, for seconds."""
     for name in names:
         row, out = speed[name]["training"], folder / name
@@ -83,8 +82,7 @@ def train_all(names, folder, device, speed, seconds, progress, data=""):
             if before["k"] == steps:
                 continue
         progress(f"training: {name}, {steps} updates")
-        flags = ["--train-steps", str(steps), "--n", "4", "--device", device.type]
-        models.train(name, out, *flags, *(["--data", str(data)] if data else []))
+        models.train(name, out, "--train-steps", str(steps), "--n", "4", *flags)
         if models.script(name).load(path)["k"] < steps:
             fail("stopped; the same call goes on from here")
 
@@ -92,7 +90,14 @@ def train_all(names, folder, device, speed, seconds, progress, data=""):
 def score(judge, draw):
     """Mean and spread of the judge's figures over the sampling seeds; draw(seed) gives images and
     their captions."""
-    return {**models.average([judge.measure(*draw(seed)) for seed in SEEDS]), "seeds": list(SEEDS)}
+    results = [judge.measure(*draw(seed)) for seed in SEEDS]
+    row = {"n": results[0]["n"], "seeds": list(SEEDS)}
+    for key, value in results[0].items():
+        if isinstance(value, dict):
+            row[key] = {k: models.spread([r[key][k] for r in results]) for k in value}
+        elif key != "n":
+            row[key] = models.spread([r[key] for r in results])
+    return row
 
 
 def bits_per_dim(model, run, judge, n):
@@ -121,7 +126,7 @@ def score_model(judge, model, run, captions, n_bits, options):
         return models.samples(model, run, captions, seed, **options), captions
 
     row = {**score(judge, draw), "evaluations": models.evaluations(model, **options)}
-    row["bits_per_dim"] = None
+    row |= {"parameters": sum(p.numel() for p in model.parameters()), "bits_per_dim": None}
     if n_bits:
         row["bits_per_dim"] = bits_per_dim(model, run, judge, n_bits)
     return row
@@ -219,17 +224,19 @@ def all_claims(rows, judge, quality, rates, loaded, folder):
         tables.append(("hybrids", claims.hybrids_combine, quality))
     for name, function, *given in tables:  # of other rows, which may be new
         rows.add(name, partial(function, *given), again=True)
-    if "flow" in loaded:
-        rows.add("exact", partial(claims.flow_is_exact, *loaded["flow"], judge))
-        rows.add("likelihood", partial(claims.likelihood_is_exact, *loaded["flow"], judge))
+    of_models = [
+        ("exact", claims.flow_is_exact, "flow"),
+        ("likelihood", claims.likelihood_is_exact, "flow"),
+        *((f"code, {name}", claims.code_is_normal, name) for name in ("vae", "flow", "diffusion")),
+        *((f"smooth, {name}", claims.paths_are_smooth, name) for name in ("vae", "gan")),
+    ]
+    for label, function, name in of_models:
+        if name in loaded:
+            model, run = loaded[name]
+            rows.add(label, partial(function, model, run, judge), updates=run["k"])
     if "gan" in loaded:
-        rows.add("critic", partial(claims.critic_ends_at_a_half, folder / "gan"))
-    for name in {"vae", "flow", "diffusion"} & loaded.keys():
-        claim = partial(claims.code_is_normal, *loaded[name], judge)
-        rows.add(f"code, {name}", claim)
-    for name in {"vae", "gan"} & loaded.keys():
-        claim = partial(claims.paths_are_smooth, *loaded[name], judge)
-        rows.add(f"smooth, {name}", claim)
+        updates = loaded["gan"][1]["k"]
+        rows.add("critic", partial(claims.critic_ends_at_a_half, folder / "gan"), updates=updates)
     for function in (
         claims.analytic_kl,
         claims.gradient_variance,
@@ -261,6 +268,9 @@ def main(argv=None):
     )
     parser.add_argument("--quick", action="store_true", help="minutes; says what it skips")
     parser.add_argument("--data", default="", help="an .npz of images and captions [digits]")
+    parser.add_argument("--seconds", type=float, help="of training, each [to the end; 30 if quick]")
+    parser.add_argument("--width", help="of all models [their scripts']")
+    parser.add_argument("--batch-size", help="in training [their scripts']")
     parser.add_argument("--out", type=Path, help="[results, in the folder of the runs]")
     parser.add_argument("--runs", type=Path, help="of the runs [runs, runs/quick, runs/DATA]")
     parser.add_argument("--models", nargs="+", choices=models.SCRIPTS, default=list(models.SCRIPTS))
@@ -279,21 +289,28 @@ def main(argv=None):
     def rows_of(file):
         return Rows(out / file, device, progress, Path(data).name)
 
-    device = torch.device(args.device)
-    whole = not (args.quick or data)
+    device, seconds = torch.device(args.device), args.seconds
     if args.quick:
-        progress("skipped: ddpm with 1000 steps, training to the end")
+        seconds = seconds or QUICK_SECONDS
+    scale = {"width": args.width, "batch_size": args.batch_size}
+    flags = [("--width", args.width), ("--batch-size", args.batch_size), ("--device", device.type)]
+    flags = [text for flag in flags if flag[1] for text in flag]
+    whole = not (seconds or data or args.width or args.batch_size)
+    if args.quick:
         progress("reduced: 200 samples a seed, 40 of the autoregressive model")
+    if seconds:
+        progress("skipped: training to the end, samplers of more than 50 steps, compiled ones")
     if not whole:
         progress("skipped: the table at equal seconds of training, StackedMNIST, captions never")
         progress("         seen together, the claim on the stability of GANs")
     if data:
         progress("skipped: all claims, which are on the built-in digits")
-    speed = rows_of("throughput.json")
+    speed, hurry = rows_of("throughput.json"), ["--quick", "--no-compiled"] if seconds else []
     for name in names:
-        speed.add(name, partial(time_alone, name, args.device, args.quick, shape))
-    rates, seconds = speed.data["rows"], QUICK_SECONDS if args.quick else None
-    train_all(names, folder, device, rates, seconds, progress, data)
+        timed = partial(time_alone, name, "--shape", *map(str, shape), *flags, *hurry)
+        speed.add(name, timed, **scale)
+    rates, given = speed.data["rows"], [*flags, *(["--data", data] if data else [])]
+    train_all(names, folder, rates, seconds, progress, *given)
     progress("judge: a classifier of real images")
     judge = Judge(data)
     loaded = {name: models.load(name, folder / name, device) for name in names}
@@ -305,7 +322,7 @@ def main(argv=None):
         truth = rows_of("claims.json")
         all_claims(truth, judge, rows.data["rows"], report.eager_rates(out), loaded, folder)
     if whole:
-        train_all(names, folder / "equal", device, rates, EQUAL_SECONDS, progress)
+        train_all(names, folder / "equal", rates, EQUAL_SECONDS, progress, *flags)
         equal_seconds(rows_of("equal.json"), judge, names, folder / "equal", device)
         if "gan" in names:
             truth.add("stability", partial(stability, judge, folder, device))
@@ -315,7 +332,7 @@ def main(argv=None):
             some, file = [name for name in names if name in some], folder / f"{what}.npz"
             if not file.exists():
                 datasets.save(what, file)
-            train_all(some, folder / what, device, rates, None, progress, file)
+            train_all(some, folder / what, rates, None, progress, *flags, "--data", str(file))
             ask(rows_of(f"{what}.json"), judge, some, place, device)
     for name, (make, file) in report.TABLES.items():
         if (out / file).exists() and not file.startswith("fashion"):

@@ -135,8 +135,8 @@ class GPT(nn.Module):
         u, (b, n) = torch.special.ndtr(z.flatten(1)), z.flatten(1).shape
         u = u.T.contiguous()
         heads = self.layers[0].heads
-        cache = z.new_zeros(len(self.layers), 2, b, heads, n, self.cfg.width // heads)
         values, h = torch.empty(b, n, dtype=torch.long, device=z.device), self.start(c)
+        cache = h.new_zeros(len(self.layers), 2, b, heads, n, self.cfg.width // heads)
         for i in range(n):
             h = (h + self.position[i])[:, None]
             for layer, kept in zip(self.layers, cache):
@@ -304,6 +304,7 @@ def autocast(device):
 
 def compile_parts(model):
     """torch.compile for each part of a model; of one with an inverse, for what both ways share."""
+    torch._dynamo.config.recompile_limit = 256  # all parts share it: 8 would leave some eager
     for part in model.children():
         if isinstance(part, nn.ModuleList) or hasattr(part, "inverse"):
             compile_parts(part)

@@ -1,6 +1,6 @@
 """Do the fast ways draw the same images? Samples of a run in fp32, uncompiled and without TF32, are
 held against the same in TF32, in bf16, compiled, and replayed from a CUDA graph; and, for a flow,
-an image against the way there and back with TF32 on elsewhere.
+which is always in fp32, an image against the way there and back with TF32 on elsewhere.
 
   python -m bench.correct MODEL RUN [--out FILE.json]
 
@@ -21,11 +21,8 @@ import prior
 from bench import models, throughput
 from bench.report import environment, write
 
-LIMITS = {"compiled": 0.05, "graph": 0.05, "there and back": 0.05, "tf32": 2.0, "bf16": 2.0}
-
-
-def allow_tf32(allowed):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+LIMITS = {"compiled": 0.05, "graph": 0.05, "there and back": 0.05}
+LIMITS |= {"tf32": 2.0, "bf16": 2.0, "compiled bf16": 2.0}
 
 
 @torch.no_grad()
@@ -34,27 +31,28 @@ def check(model, run, n=32):
     device, module = model.device, models.script(model.name)
     words = module.to_words(models.cycle(run["captions"], n), run["vocabulary"]).to(device)
     seeds = prior.fold_in(0, torch.arange(n, device=device))
-    z, cuda = prior.normal(seeds, model.latent_shape), device.type == "cuda"
+    z, c, bf16 = prior.normal(seeds, model.latent_shape), model.embed(words), torch.bfloat16
 
     def draw(model, dtype=torch.float32):
-        half = dtype != torch.float32
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            return 127.5 * model.sample(z, model.embed(words), seeds).float()
+        with torch.autocast(device.type, bf16, enabled=dtype == bf16):
+            return 127.5 * model.sample(z, c, seeds).float()
 
-    allow_tf32(False)
+    throughput.allow_tf32(device, False)
     truth, pairs = draw(model), {}
     compiled = copy.deepcopy(model)
     module.compile_parts(compiled)
     pairs["compiled"] = truth, draw(compiled)
-    pairs["bf16"] = truth, draw(model, torch.bfloat16)
-    allow_tf32(cuda)  # as the scripts' find_device sets it
-    if cuda:
-        pairs["tf32"] = truth, draw(model)
-        replay = throughput.sampler(model, n, captured=True)
-        pairs["graph"] = throughput.sampler(model, n)() * 127.5, replay() * 127.5
-    if model.name in ("flow", "flow-gan"):
-        x, c = (truth + 127.5).round() / 127.5 - 1, model.embed(words)
+    throughput.allow_tf32(device, True)  # as the scripts' find_device
+    if model.name in ("flow", "flow-gan"):  # in fp32, whatever is allowed
+        x = (truth + 127.5).round() / 127.5 - 1
         pairs["there and back"] = 127.5 * x, 127.5 * model.sample(model.encode(x, c), c)
+    else:
+        pairs["bf16"] = truth, draw(model, bf16)
+        pairs["compiled bf16"] = truth, draw(compiled, bf16)
+    if device.type == "cuda":
+        pairs["tf32"] = truth, draw(model)
+        eager, replay = (throughput.sampler(model, n, captured) for captured in (False, True))
+        pairs["graph"] = 127.5 * eager().float(), 127.5 * replay().float()
     rows = {}
     for name, (a, b) in pairs.items():
         difference = (a - b).abs()

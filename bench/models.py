@@ -47,7 +47,7 @@ def build(name, shape, n_words, device, **options):
         options = {"model": name, **options}
     model = module.build(module.Config(**options), shape, n_words)
     model.name, model.device = name, torch.device(device)
-    return model.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    return model.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 
 def load(name, out, device="cpu"):
@@ -95,14 +95,3 @@ def spread(values):
     """Mean and standard deviation, as plain numbers."""
     values = np.asarray(values, float)
     return {"mean": float(values.mean()), "std": float(values.std(ddof=len(values) > 1))}
-
-
-def average(results):
-    """A row of means and spreads of the judge's figures, one result a sampling seed."""
-    row = {"n": results[0]["n"]}
-    for key, value in results[0].items():
-        if isinstance(value, dict):
-            row[key] = {k: spread([r[key][k] for r in results]) for k in value}
-        elif key != "n":
-            row[key] = spread([r[key] for r in results])
-    return row

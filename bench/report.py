@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import models
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 
@@ -27,7 +25,7 @@ def environment(device="cpu"):
             return ""
         return subprocess.run(["git", *call], cwd=ROOT, capture_output=True, text=True).stdout
 
-    commit = git("rev-parse", "--short", "HEAD").strip()
+    commit = git("rev-parse", "--short", "HEAD").strip() or os.environ.get("COMMIT", "")
     if git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md"):  # what it writes
         commit += "-dirty"
     versions = {"torch": torch.__version__, "numpy": np.__version__}
@@ -85,7 +83,7 @@ def table_of_quality(rows, speed):
         cost = ["-"] * 3
         if timed and "updates" in row:
             training = row["updates"] * timed["training"]["seconds"]
-            size = timed["sampling"][0]["parameters"] / 1e6
+            size = row["parameters"] / 1e6
             cost = [number(size), number(training, 0), str(row["evaluations"])]
         body.append([name, *cells, number(bits and bits["bits_per_dim"]), *cost])
     head = ["images", *names, "FLD", *others[1:], "bits/dim", "parameters (M)", "training (s)"]
@@ -145,10 +143,11 @@ def gpu_table(folder):
         paths = sorted(Path(folder, "gpu").glob(f"{kind}-*.json"))
         return {path.stem.removeprefix(f"{kind}-"): read(path) for path in paths}
 
-    speed, correct, quality = files("throughput"), files("correct"), files("quality")
+    kinds = ("throughput", "correct", "quality", "training")
+    speed, correct, quality, training = (files(kind) for kind in kinds)
     results = [*speed.values(), *correct.values(), *quality.values()]
     if not results:
-        return ""
+        return "Not measured yet: `bench/gpu.sh` has the commands."
     devices = {f"{result['device']}, torch {result['torch']}" for result in results}
     body = []
     for name, result in correct.items():
@@ -156,12 +155,9 @@ def gpu_table(folder):
             figures = [number(row["mean"], 3), number(row["largest"], 1)]
             body.append([name, way, *figures, "yes" if row["right"] else "no"])
     levels = table(["model", "way", "mean difference of 255", "largest", "right"], body)
-    rows = {}
-    for name, result in quality.items():
-        drawn = {key: row for key, row in result["rows"].items() if key.endswith(".npz")}
-        rows |= {k: models.average([v]) for k, v in result["rows"].items() if k not in drawn}
-        rows[name] = models.average(list(drawn.values()))
-    parts = [speed_table(folder, speed), levels, table_of_quality(rows, {})]
+    rows, timed = ({k: row for result in some.values() for k, row in result["rows"].items()}
+                   for some in (quality, training))  # fmt: skip
+    parts = [speed_table(folder, speed), levels, table_of_quality(rows, timed)]
     return "\n\n".join([f"{', '.join(sorted(devices))}:", *parts])
 
 

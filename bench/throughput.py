@@ -7,21 +7,24 @@ repeats after a warm-up; before and after a row the machine's own ceiling is tim
 ceilings fell, or whose repeats scatter, is timed again: a busy neighbour slows a row more than the
 ceiling. FLOPs are counted by torch.utils.flop_counter, bytes as what each eager operation reads and
 writes. The share of the ceiling is of the nearer one: arithmetic, or memory, whose share is above
-100% where caches hold what is passed on. What takes the time is profiled, one call a row.
+100% where caches hold what is passed on or, compiled, operations are fused. The profile is of one
+call at the best batch, not compiled, of at most 50 evaluations.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import resource
 import statistics
 import time
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,6 +34,7 @@ from bench import models
 from bench.report import environment, write
 
 SHAPE, WORDS = (1, 28, 28), 14  # of the built-in data
+BATCHES = {"cpu": (1, 4, 16, 64, 256), "cuda": (1, 64, 1024, 4096)}
 
 
 def synchronize(device):
@@ -48,6 +52,13 @@ def seconds(call, device, repeats, warm_up=1):
         synchronize(device)
         times.append(time.perf_counter() - start)
     return times[warm_up:]
+
+
+def allow_tf32(device, allowed):
+    """Whether fp32 may be multiplied as TF32 on CUDA: the scripts allow it, a flow does not."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def ceilings(device, dtype=torch.float32):
@@ -102,22 +113,22 @@ def megabytes(call):
     return traffic.total / 1e6
 
 
-def profile(call, device, top=6):
-    """What a call spends its time on: the operations, on CUDA kernels, that take most of it, each
-    with its share, and the share of the wall clock in which none ran."""
-    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
-    with torch.profiler.profile() as profiler:
-        synchronize(device)
-        start = time.perf_counter()
+def profile(call, device, took, top=6):
+    """What a call that takes `took` seconds spends them on: the operations, on CUDA kernels, that
+    take most of the time, each with its share, and the share of it in which none ran."""
+    cuda = device.type == "cuda"
+    wanted = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=wanted) as profiler:
         call()
         synchronize(device)
-        wall = 1e6 * (time.perf_counter() - start)
-    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = [event for event in profiler.key_averages() if event.device_type == kind]
-    times = {event.key[:80]: getattr(event, name) for event in events}
+    times = Counter()
+    for event in profiler.key_averages():
+        if event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU):
+            spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+            times[event.key[:80]] += spent / 1e6
     busy = sum(times.values())
-    shares = {key: times[key] / busy for key in sorted(times, key=times.get, reverse=True)[:top]}
-    return {"shares": shares, "idle": max(0.0, 1 - busy / wall)}
+    shares = {name: time / busy for name, time in times.most_common(top) if busy}
+    return {"shares": shares, "idle": max(0.0, 1 - busy / took)}
 
 
 class Guard:
@@ -150,11 +161,12 @@ class Guard:
 
 
 def settings(name, quick):
-    """Samplers and numbers of steps to time: (label, Config's options)."""
+    """Samplers and numbers of steps to time, the cheap ones first: (label, Config's options)."""
     if name != "diffusion":
         return [(name, {})]
-    rows = [("dpm", n) for n in ((20, 4, 1) if quick else (250, 50, 20, 10, 4, 1))]
-    rows += [("euler", 20), ("heun", 20), ("ddpm", 50), *([] if quick else [("ddpm", 1000)])]
+    rows = [("dpm", n) for n in ((1, 4, 20) if quick else (1, 4, 10, 20, 50))]
+    rows += [("euler", 20), ("heun", 20), ("ddpm", 50)]
+    rows += [] if quick else [("dpm", 250), ("ddpm", 1000)]
     options = [{"guidance": 1.0, "sampler": sampler, "steps": n} for sampler, n in rows]
     return [(f"diffusion {o['sampler']}, {o['steps']}", o) for o in options]
 
@@ -174,6 +186,7 @@ def sampler(model, batch, captured=False):
     if not captured:
         return call
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
@@ -182,75 +195,67 @@ def sampler(model, batch, captured=False):
     with torch.cuda.graph(graph):
         x = call()
 
-    def replay():
+    def replay(inputs=(z, c, seeds)):  # which the graph reads, so they must live as long
         graph.replay()
         return x
 
     return replay
 
 
-def memory(call, device):
-    """Peak memory in MB: of the device during a call, or of this process until now."""
+def sampling_row(name, label, options, mode, guard, quick, shape, budget):
+    """The figures of a sampler in a mode, eager, compiled or graph, after about `budget` seconds a
+    batch size; options are of the model's Config."""
+    device, exact = guard.device, name in ("flow", "flow-gan")
+    model = models.build(name, shape, WORDS, device, **options)
+    dtype = dtype_of(name, device)
+    row = {"name": label, "model": name, "mode": mode, "evaluations": models.evaluations(model)}
+    row |= {"dtype": "bf16" if dtype == torch.bfloat16 else "fp32", "batches": {}}
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    plain = copy.deepcopy(model)
+    plain.name, plain.device = name, device
+    if mode == "compiled":
+        models.script(name).compile_parts(model)
+    best, at, limit = 0.0, 1, budget * (20 if device.type == "cuda" else 1)
+    for batch in BATCHES[device.type]:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        call = sampler(model, batch, mode == "graph")
+        once = seconds(call, device, 1)[0]
+        peak = memory(device)
+        repeats = int(min(max(budget / 4 / once, 1 if once > budget else 3), 20))
+        timed = guard.time(call, repeats, tries=2 if quick else 3)
+        rate = batch / timed["seconds"]
+        row["batches"][batch] = {**timed, "images_per_s": rate, "peak_memory_mb": peak}
+        slower = rate < 0.9 * best
+        if rate > best:
+            best, at = rate, batch
+        if once > limit or (batch > 16 and slower):
+            break
+    row |= {"latency": row["batches"][1]["seconds"], "images_per_s": best}
+    row["peak_memory_mb"] = row["batches"][at]["peak_memory_mb"]
+    row["gflops_per_image"] = gflops(sampler(plain, 2)) / 2
+    row["megabytes_per_image"] = megabytes(sampler(plain, at)) / at
+    allow_tf32(device, not exact)
+    top = ceilings(device, dtype)
+    allow_tf32(device, True)
+    flops = max(value for key, value in top.items() if key.endswith("tflops"))
+    needed = {
+        "arithmetic": row["gflops_per_image"] / 1e3 / flops,
+        "memory": row["megabytes_per_image"] / 1e3 / top["copy_gb_per_s"],
+    }  # seconds an image
+    row["bound"] = max(needed, key=needed.get)
+    row["share_of_ceiling"] = best * needed[row["bound"]]
+    if mode != "compiled" and row["evaluations"] <= 50:
+        row["profile"] = profile(sampler(model, at, mode == "graph"), device, at / best)
+    print(json.dumps({k: v for k, v in row.items() if k != "batches"}), flush=True)
+    return row
+
+
+def memory(device):
+    """Peak memory in MB: of the device since it was last asked, or of this process until now."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def sampling_rows(name, device, quick, compiled, shape, budget):
-    """Yields a dict for each setting and mode of the model, after about `budget` seconds each."""
-    guard = Guard(device)
-    modes = ["eager", *(["compiled"] if compiled else [])]
-    modes += ["graph"] if device.type == "cuda" else []
-    for label, options in settings(name, quick):
-        for mode in modes:
-            if mode == "compiled" and options.get("steps", 1) > 50:
-                continue  # the same network as with fewer steps
-            model = models.build(name, shape, WORDS, device)
-            model.cfg = replace(model.cfg, **options)
-            parameters = sum(p.numel() for p in model.parameters())
-            if mode == "compiled":
-                models.script(name).compile_parts(model)
-            row = {"name": label, "model": name, "mode": mode}
-            row["evaluations"] = models.evaluations(model)
-            dtype = dtype_of(name, device)
-            row |= {"dtype": "bf16" if dtype == torch.bfloat16 else "fp32"}
-            row |= {"parameters": parameters, "batches": {}}
-            if mode == "eager":
-                work = gflops(sampler(model, 2)) / 2
-            row["gflops_per_image"] = work
-            batch, best, at = 1, 0.0, 1
-            while batch <= (4096 if device.type == "cuda" else 256):
-                call = sampler(model, batch, mode == "graph")
-                once = seconds(call, device, 1)[0]
-                repeats = int(min(max(budget / 4 / once, 1 if once > budget else 3), 20))
-                timed = guard.time(call, repeats, tries=2 if quick else 3)
-                rate = batch / timed["seconds"]
-                row["batches"][batch] = {**timed, "images_per_s": rate}
-                slower = rate < 0.9 * best
-                if rate > best:
-                    best, at = rate, batch
-                if once > budget or (batch > 16 and slower):
-                    break
-                batch *= 4
-            row["latency"], row["images_per_s"] = row["batches"][1]["seconds"], best
-            best_call = sampler(model, at, mode == "graph")
-            row["peak_memory_mb"] = memory(best_call, device)
-            if mode == "eager":
-                traffic = megabytes(best_call) / at
-            row["megabytes_per_image"] = traffic
-            top = ceilings(device, dtype)
-            needed = {
-                "arithmetic": work / 1e3 / max(v for k, v in top.items() if k.endswith("tflops")),
-                "memory": traffic / 1e3 / top["copy_gb_per_s"],
-            }  # seconds an image
-            row["bound"] = max(needed, key=needed.get)
-            row["share_of_ceiling"] = best * needed[row["bound"]]
-            if row["evaluations"] <= 50 or name == "autoregressive":
-                row["profile"] = profile(best_call, device)
-            print(json.dumps({k: v for k, v in row.items() if k != "batches"}), flush=True)
-            yield row
 
 
 def dtype_of(name, device):
@@ -260,10 +265,10 @@ def dtype_of(name, device):
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def training_row(name, device, shape, repeats):
-    """Images per second of the script's own step, at its own batch size."""
+def training_row(name, device, shape, repeats, options):
+    """Images per second of the script's own step, at its own batch size or that of the options."""
     module = models.script(name)
-    model = models.build(name, shape, WORDS, device).requires_grad_(True).train()
+    model = models.build(name, shape, WORDS, device, **options).requires_grad_(True)
     cfg, ema = model.cfg, module.copy.deepcopy(model).requires_grad_(False)
     optimizers = module.make_optimizers(model, cfg)
     for optimizer in optimizers:
@@ -284,18 +289,27 @@ def training_row(name, device, shape, repeats):
     return row | {"train_steps": cfg.train_steps, "training_seconds": needed}
 
 
-def measure(name, device, quick, compiled=False, shape=SHAPE, budget=None):
-    """All rows of one model, with the machine's ceilings: yields the result as it grows."""
-    budget = budget or (2.0 if quick else 4.0)
-    if device.type == "cuda":  # as the scripts' find_device
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+def measure(name, device, quick, compiled=False, shape=SHAPE, budget=None, **options):
+    """All rows of one model, with the machine's ceilings: yields the result as it grows. On a CPU
+    its peak memory must be none of training's, nor must compiling keep the rest waiting."""
+    budget, guard = budget or (2.0 if quick else 4.0), Guard(device)
+    allow_tf32(device, True)  # as the scripts' find_device
     result = {"ceilings": ceilings(device), "training": None, "sampling": []}
-    # sampling first: on a CPU its peak memory must be none of training's
-    for row in sampling_rows(name, device, quick, compiled, shape, budget):
-        result["sampling"].append(row)
-        yield result
-    result["training"] = training_row(name, device, shape, 5 if quick else 20)
+    given = guard, quick, shape, budget
+    modes = ("eager", "graph") if device.type == "cuda" else ("eager",)
+    for label, setting in settings(name, quick):
+        for mode in modes:
+            result["sampling"].append(
+                sampling_row(name, label, {**options, **setting}, mode, *given)
+            )
+            yield result
+    result["training"] = training_row(name, device, shape, 5 if quick else 20, options)
     yield result
+    for label, setting in settings(name, quick) if compiled else ():
+        if setting.get("steps", 1) <= 50:  # beyond, it is the same network
+            row = sampling_row(name, label, {**options, **setting}, "compiled", *given)
+            result["sampling"].append(row)
+            yield result
 
 
 def main(argv=None):
@@ -309,13 +323,17 @@ def main(argv=None):
     compiled.default, compiled.help = torch.cuda.is_available(), "also compiled [on a GPU]"
     shape = parser.add_argument("--shape", type=int, nargs=3, default=SHAPE)
     shape.help, shape.metavar = "of the images, sides divisible by 4 [1 28 28]", ("C", "H", "W")
-    parser.add_argument("--seconds", type=float, help="for each setting [2 if quick, else 4]")
+    parser.add_argument("--width", type=int, help="of the model [its script's]")
+    parser.add_argument("--batch-size", type=int, help="in training [its script's]")
+    parser.add_argument("--seconds", type=float, help="for each batch size [2 if quick, else 4]")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     given = args.model, device, args.quick, args.compiled, tuple(args.shape), args.seconds
-    here = environment(device.type)
-    for result in measure(*given):
+    options = {"width": args.width, "batch_size": args.batch_size}
+    options = {key: value for key, value in options.items() if value}
+    here = {**environment(device.type), **options}
+    for result in measure(*given, **options):
         if args.out:
             write(args.out, {**here, **result})
 

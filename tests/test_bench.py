@@ -116,6 +116,26 @@ def test_rows_are_written_one_by_one_and_kept(tmp_path):
         Rows(path, cpu, lambda text: None)
 
 
+def test_a_finished_run_is_taken_if_it_is_as_long_as_asked(monkeypatch, tmp_path):
+    from bench import __main__ as bench
+
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/checkpoint.pt").touch()
+    run = {"config": {"train_steps": 100}, "k": 100}
+    monkeypatch.setattr(models.script("vae"), "load", lambda path: run)
+    monkeypatch.setattr(models, "train", lambda *given: pytest.fail("trained again"))
+    speed = {"vae": {"training": {"train_steps": 100, "seconds": 0.01}}}
+    for steps, seconds, taken in (
+        (100, None, True), (110, None, False), (500, 1.1, True), (500, 2.0, False),
+    ):  # fmt: skip
+        speed["vae"]["training"]["train_steps"] = steps
+        if taken:
+            bench.train_all(["vae"], tmp_path, speed, seconds, print)
+        else:
+            with pytest.raises(SystemExit):
+                bench.train_all(["vae"], tmp_path, speed, seconds, print)
+
+
 def test_a_disturbed_row_is_timed_again_and_said_to_be(monkeypatch):
     guard = throughput.Guard(torch.device("cpu"))
     ceilings = iter([1.0, 0.5, 1.0, 1.0])

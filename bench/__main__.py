@@ -63,7 +63,9 @@ def time_alone(name, *flags):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         call = [sys.executable, "-m", "bench.throughput", name, "--out", str(path), *flags]
-        subprocess.run(call, cwd=report.ROOT, check=True, stdout=subprocess.DEVNULL)
+        code = subprocess.run(call, cwd=report.ROOT, stdout=subprocess.DEVNULL).returncode
+        if code:  # it has said why
+            raise SystemExit(code)
         return report.read(path)
 
 
@@ -279,6 +281,8 @@ def main(argv=None):
     parser.add_argument("--models", nargs="+", choices=models.SCRIPTS, default=list(models.SCRIPTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.seconds is not None and args.seconds <= 0:
+        fail(f"--seconds {args.seconds}: take more than 0")
     parts = ("runs", Path(args.data).stem, "quick" if args.quick else "")
     folder = (args.runs or Path(*parts)).resolve()
     data, out = str(Path(args.data).resolve()) if args.data else "", args.out or folder / "results"

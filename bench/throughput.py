@@ -327,7 +327,14 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, help="in training [its script's]")
     parser.add_argument("--seconds", type=float, help="for each batch size [2 if quick, else 4]")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    parser.error = lambda text: parser.exit(2, f"bench.throughput: error: {text}\n")
     args = parser.parse_args(argv)
+    if min(args.shape) < 1 or args.shape[1] % 4 or args.shape[1] != args.shape[2]:
+        parser.error(f"--shape {args.shape}: take square images with sides divisible by 4")
+    if args.width is not None and (args.width < 32 or args.width % 16):
+        parser.error(f"--width {args.width}: take a multiple of 16, 32 or more")
+    if args.batch_size is not None and args.batch_size < 1 or (args.seconds or 1) <= 0:
+        parser.error("--batch-size and --seconds: take more than 0")
     device = torch.device(args.device)
     given = args.model, device, args.quick, args.compiled, tuple(args.shape), args.seconds
     options = {"width": args.width, "batch_size": args.batch_size}

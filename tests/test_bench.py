@@ -136,6 +136,13 @@ def test_a_finished_run_is_taken_if_it_is_as_long_as_asked(monkeypatch, tmp_path
                 bench.train_all(["vae"], tmp_path, speed, seconds, print)
 
 
+@pytest.mark.parametrize("flags", ["--width 40", "--batch-size 0", "--shape 1 8 6", "--seconds -1"])
+def test_throughput_refuses_in_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        throughput.main(["vae", *flags.split()])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_disturbed_row_is_timed_again_and_said_to_be(monkeypatch):
     guard = throughput.Guard(torch.device("cpu"))
     ceilings = iter([1.0, 0.5, 1.0, 1.0])

@@ -171,16 +171,17 @@ def settings(name, quick):
     return [(f"diffusion {o['sampler']}, {o['steps']}", o) for o in options]
 
 
-def sampler(model, batch, captured=False):
-    """A call that draws a batch of images, x in [-1, 1], or replays a CUDA graph that does."""
-    device = model.device
+def sampler(model, batch, captured=False, dtype=None):
+    """A call that draws a batch of images, x in [-1, 1], or replays a CUDA graph that does; in
+    fp32 or bf16, as the script does where no dtype is given."""
+    device, bf16 = model.device, torch.bfloat16
+    half = (dtype or dtype_of(model.name, device)) == bf16
     seeds = prior.fold_in(0, torch.arange(batch, device=device))
     z = prior.normal(seeds, model.latent_shape)
     c = model.embed(torch.ones(batch, 3, dtype=torch.long, device=device))
-    module = models.script(model.name)
 
     def call():
-        with torch.no_grad(), module.autocast(device):
+        with torch.no_grad(), torch.autocast(device.type, bf16, enabled=half):
             return model.sample(z, c, seeds)
 
     if not captured:
@@ -202,12 +203,11 @@ def sampler(model, batch, captured=False):
     return replay
 
 
-def sampling_row(name, label, options, mode, guard, quick, shape, budget):
+def sampling_row(name, label, options, mode, dtype, guard, quick, shape, budget):
     """The figures of a sampler in a mode, eager, compiled or graph, after about `budget` seconds a
     batch size; options are of the model's Config."""
     device, exact = guard.device, name in ("flow", "flow-gan")
     model = models.build(name, shape, WORDS, device, **options)
-    dtype = dtype_of(name, device)
     row = {"name": label, "model": name, "mode": mode, "evaluations": models.evaluations(model)}
     row |= {"dtype": "bf16" if dtype == torch.bfloat16 else "fp32", "batches": {}}
     row["parameters"] = sum(p.numel() for p in model.parameters())
@@ -219,7 +219,7 @@ def sampling_row(name, label, options, mode, guard, quick, shape, budget):
     for batch in BATCHES[device.type]:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        call = sampler(model, batch, mode == "graph")
+        call = sampler(model, batch, mode == "graph", dtype)
         once = seconds(call, device, 1)[0]
         peak = memory(device)
         repeats = int(min(max(budget / 4 / once, 1 if once > budget else 3), 20))
@@ -234,7 +234,7 @@ def sampling_row(name, label, options, mode, guard, quick, shape, budget):
     row |= {"latency": row["batches"][1]["seconds"], "images_per_s": best}
     row["peak_memory_mb"] = row["batches"][at]["peak_memory_mb"]
     row["gflops_per_image"] = gflops(sampler(plain, 2)) / 2
-    row["megabytes_per_image"] = megabytes(sampler(plain, at)) / at
+    row["megabytes_per_image"] = megabytes(sampler(plain, at, dtype=dtype)) / at
     allow_tf32(device, not exact)
     top = ceilings(device, dtype)
     allow_tf32(device, True)
@@ -246,7 +246,7 @@ def sampling_row(name, label, options, mode, guard, quick, shape, budget):
     row["bound"] = max(needed, key=needed.get)
     row["share_of_ceiling"] = best * needed[row["bound"]]
     if mode != "compiled" and row["evaluations"] <= 50:
-        row["profile"] = profile(sampler(model, at, mode == "graph"), device, at / best)
+        row["profile"] = profile(sampler(model, at, mode == "graph", dtype), device, at / best)
     print(json.dumps({k: v for k, v in row.items() if k != "batches"}), flush=True)
     return row
 
@@ -295,19 +295,20 @@ def measure(name, device, quick, compiled=False, shape=SHAPE, budget=None, **opt
     budget, guard = budget or (2.0 if quick else 4.0), Guard(device)
     allow_tf32(device, True)  # as the scripts' find_device
     result = {"ceilings": ceilings(device), "training": None, "sampling": []}
-    given = guard, quick, shape, budget
-    modes = ("eager", "graph") if device.type == "cuda" else ("eager",)
+    given, dtype = (guard, quick, shape, budget), dtype_of(name, device)
+    modes = [("eager", dtype)]
+    if device.type == "cuda":
+        modes += [("graph", d) for d in dict.fromkeys((dtype, torch.float32))]
     for label, setting in settings(name, quick):
         for mode in modes:
-            result["sampling"].append(
-                sampling_row(name, label, {**options, **setting}, mode, *given)
-            )
+            row = sampling_row(name, label, {**options, **setting}, *mode, *given)
+            result["sampling"].append(row)
             yield result
     result["training"] = training_row(name, device, shape, 5 if quick else 20, options)
     yield result
     for label, setting in settings(name, quick) if compiled else ():
         if setting.get("steps", 1) <= 50:  # beyond, it is the same network
-            row = sampling_row(name, label, {**options, **setting}, "compiled", *given)
+            row = sampling_row(name, label, {**options, **setting}, "compiled", dtype, *given)
             result["sampling"].append(row)
             yield result
 

@@ -136,6 +136,14 @@ def test_a_finished_run_is_taken_if_it_is_as_long_as_asked(monkeypatch, tmp_path
                 bench.train_all(["vae"], tmp_path, speed, seconds, print)
 
 
+def test_a_sampler_is_timed_in_the_dtype_asked_for():
+    model = models.build("gan", (1, 8, 8), 14, "cpu", width=32, embedding=16)
+    dtypes = None, torch.float32, torch.bfloat16
+    default, fp32, bf16 = (throughput.sampler(model, 3, dtype=dtype)() for dtype in dtypes)
+    assert torch.equal(default, fp32) or torch.equal(default, bf16)
+    assert 0 < (fp32 - bf16).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("flags", ["--width 40", "--batch-size 0", "--shape 1 8 6", "--seconds -1"])
 def test_throughput_refuses_in_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -2,13 +2,13 @@
 
   python -m bench.throughput MODEL [--quick] [--out FILE.json]
 
-Weights are fresh ones: speed does not depend on them. Each figure is the median of
-repeats after a warm-up; before and after a row the machine's own ceiling is timed, and a row whose
-ceilings fell, or whose repeats scatter, is timed again: a busy neighbour slows a row more than the
-ceiling. FLOPs are counted by torch.utils.flop_counter, bytes as what each eager operation reads and
-writes. The share of the ceiling is of the nearer one: arithmetic, or memory, whose share is above
-100% where caches hold what is passed on or, compiled, operations are fused. The profile is of one
-call at the best batch, not compiled, of at most 50 evaluations.
+Weights are fresh ones: speed does not depend on them. Each figure is the median of repeats after a
+warm-up; before and after a row the machine's own ceiling is timed, and a row whose ceilings fell,
+or whose repeats scatter, is timed again: a busy neighbour slows a row more than the ceiling. FLOPs
+are counted by torch.utils.flop_counter, bytes as what each eager operation reads and writes. The
+share of the ceiling is of the nearer one: arithmetic, or memory, whose share is above 100% where
+caches hold what is passed on or, compiled, operations are fused. The profile is of one call at the
+best batch, not compiled, of at most 50 evaluations.
 """
 
 import argparse
@@ -75,21 +75,18 @@ def ceilings(device, dtype=torch.float32):
         product = min(seconds(lambda: a @ a, device, 5))
         convolution = min(seconds(lambda: torch.conv2d(x, w, padding=1), device, 5))
         big = torch.empty(2**26 if device.type == "cuda" else 2**24, device=device)
-        copy = min(seconds(lambda: big.clone(), device, 5))
+        clone = min(seconds(lambda: big.clone(), device, 5))
     return {
         "matmul_tflops": 2 * n**3 / product / 1e12,
         "convolution_tflops": 2 * batch * 14 * 14 * 128 * 128 * 9 / convolution / 1e12,
-        "copy_gb_per_s": 2 * 4 * big.numel() / copy / 1e9,
+        "copy_gb_per_s": 2 * 4 * big.numel() / clone / 1e9,
     }
 
 
 def gflops(call):
     """Floating-point operations of a call in billions, attention counted as matrix products."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
-    torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() / 1e9
 
 

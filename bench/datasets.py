@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import prior
-from bench.quality import Judge
+from bench.quality import Judge, read_samples
 from diffusion import DIGITS, load_data
 
 UNSEEN = ("bold slanted two", "thin upright five", "bold upright eight")
@@ -82,11 +82,7 @@ def main(argv=None):
     parser.add_argument("file", help="the .npz to write, or of samples to read")
     args = parser.parse_args(argv)
     if args.what == "modes":
-        try:
-            with np.load(args.file, allow_pickle=False) as npz:
-                x = torch.from_numpy(npz["x"]).permute(0, 3, 1, 2)
-        except (OSError, ValueError, KeyError) as error:
-            parser.exit(2, f"bench.datasets: error: {args.file} holds no samples: {error}\n")
+        x, _ = read_samples(args.file)
         if x.shape[1:] != (3, 28, 28):
             parser.exit(2, f"bench.datasets: error: {args.file}: take 28x28 images in colour\n")
         print(json.dumps(modes(Judge(), x)))

@@ -25,6 +25,7 @@ All depend on the number of samples: compare at equal n.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,19 @@ class Judge:
         }
 
 
+def read_samples(path):
+    """x, uint8 (N, C, H, W), and captions of an .npz that --sample --npz wrote; else one line on
+    stderr and exit code 2."""
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            x, y = npz["x"], npz["y"]
+        x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2)
+    except Exception as error:
+        print(f"bench: error: {path} holds no samples: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return x, [" ".join(str(text).lower().split()) for text in y]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -243,13 +257,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     sets = {}
     for path in args.files:
-        try:
-            with np.load(path, allow_pickle=False) as npz:
-                x, y = npz["x"], npz["y"]
-            x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2)
-        except Exception as error:
-            parser.exit(2, f"bench.quality: error: {path} holds no samples: {error}\n")
-        sets[str(path)] = (x, [" ".join(str(text).lower().split()) for text in y])
+        sets[str(path)] = read_samples(path)
     if args.out and not args.out.parent.is_dir():
         parser.exit(2, f"bench.quality: error: --out {args.out}: there is no such folder\n")
     judge, rows = Judge(args.data), {}

@@ -237,8 +237,9 @@ def plot_quality_against_speed(folder):
     real = quality.get("real, held out")
     if real:
         axes.axhline(real["fld"]["mean"], linestyle=":", color="black", linewidth=1)
-        place = {"xytext": (0.5, 2), "textcoords": ("axes fraction", "offset points")}
-        axes.annotate("real images", (0, real["fld"]["mean"]), fontsize=7, **place)
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        spot = (0.5, real["fld"]["mean"])
+        axes.annotate("real images", spot, xytext=(0, 2), fontsize=7, **place)
     axes.margins(0.1)
     axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FLD (lower is better)")
     figure.savefig(folder / "quality_speed.png", dpi=150)

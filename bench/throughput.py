@@ -15,6 +15,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import resource
 import statistics
 import time
@@ -113,6 +114,7 @@ def megabytes(call):
 def profile(call, device, took, top=6):
     """What a call that takes `took` seconds spends them on: the operations, on CUDA kernels, that
     take most of the time, each with its share, and the share of it in which none ran."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or it tells when it starts and stops
     cuda = device.type == "cuda"
     wanted = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
     with torch.profiler.profile(activities=wanted) as profiler:

@@ -231,9 +231,14 @@ def plot_quality_against_speed(folder):
         label, place = name, {"xytext": (4, 4)}
         if name.endswith("-gan"):
             place = {"xytext": (-5, -3), "ha": "right"}
-        if name.startswith("diffusion dpm, ") and not name.endswith(" 50"):
-            label = name.removeprefix("diffusion dpm, ") + " steps"
+        if name.startswith("diffusion dpm, "):
+            label = name.removeprefix("diffusion dpm, ")
+            label += " step" if label == "1" else " steps"
+            place = {"xytext": (0, -12), "ha": "center"}
         axes.annotate(label, (x, y), textcoords="offset points", fontsize=7, **place)
+    if curve:
+        place = {"xytext": (-6, -2), "ha": "right", "textcoords": "offset points"}
+        axes.annotate("diffusion", min(curve), fontsize=7, **place)
     real = quality.get("real, held out")
     if real:
         axes.axhline(real["fld"]["mean"], linestyle=":", color="black", linewidth=1)

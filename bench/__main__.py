@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bench import claims, datasets, models, report
+from bench import claims, datasets, models, pack, report
 from bench.quality import Judge
 from diffusion import grid, load_data
 
@@ -30,6 +30,7 @@ QUICK_SECONDS = 30  # of training, for each model
 EQUAL_SECONDS = 60  # the same for a table of a full call
 STACKED = ("gan", "vae-gan", "flow-gan", "diffusion-gan")  # whose modes are counted
 UNSEEN = ("vae", "flow", "gan", "diffusion")  # which are asked for captions never seen together
+HEADLINE = {"diffusion": {"guidance": 1.0}}  # what is not the scripts' default where models compare
 
 
 class Rows:
@@ -92,10 +93,9 @@ def train_all(names, folder, speed, seconds, progress, *flags):
             fail("stopped; the same call goes on from here")
 
 
-def score(judge, draw):
-    """Mean and spread of the judge's figures over the sampling seeds; draw(seed) gives images and
-    their captions."""
-    results = [judge.measure(*draw(seed)) for seed in SEEDS]
+def score(measure):
+    """Mean and spread over the sampling seeds of the figures that measure(seed) gives."""
+    results = [measure(seed) for seed in SEEDS]
     row = {"n": results[0]["n"], "seeds": list(SEEDS)}
     for key, value in results[0].items():
         if isinstance(value, dict):
@@ -127,10 +127,10 @@ def bits_per_dim(model, run, judge, n):
 def score_model(judge, model, run, captions, n_bits, options):
     """A row of quality.json; options, e.g. steps, change the model's Config."""
 
-    def draw(seed):
-        return models.samples(model, run, captions, seed, **options), captions
+    def measure(seed):
+        return judge.measure(models.samples(model, run, captions, seed, **options), captions)
 
-    row = {**score(judge, draw), "evaluations": models.evaluations(model, **options)}
+    row = {**score(measure), "evaluations": models.evaluations(model, **options)}
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "bits_per_dim": None}
     if n_bits:
         row["bits_per_dim"] = bits_per_dim(model, run, judge, n_bits)
@@ -140,10 +140,9 @@ def score_model(judge, model, run, captions, n_bits, options):
 def quality(rows, judge, loaded, quick):
     """All rows of quality.json."""
     n = 200 if quick else 500
-    for name, (x, captions) in judge.baselines(n).items():
-        rows.add(name, partial(score, judge, lambda seed, x=x, captions=captions: (x, captions)))
-    pixels = claims.independent_pixels(judge, n)
-    rows.add("independent pixels", partial(score, judge, lambda seed: pixels))
+    baselines = {**judge.baselines(n), "independent pixels": claims.independent_pixels(judge, n)}
+    for name, images in baselines.items():
+        rows.add(name, partial(score, lambda seed, images=images: judge.measure(*images)))
     captions = models.cycle(judge.captions_test, n)
     for name, (model, run) in loaded.items():
         texts = captions[:40] if name == "autoregressive" and quick else captions
@@ -165,37 +164,34 @@ def equal_seconds(rows, judge, names, folder, device):
     """All rows of equal.json: runs that were trained for EQUAL_SECONDS each."""
     captions = models.cycle(judge.captions_test, 500)
     for name in names:
-        options = {"guidance": 1.0} if name == "diffusion" else {}
         model, run = models.load(name, folder / name, device)
-        measure = partial(score_model, judge, model, run, captions, 100, options)
+        measure = partial(score_model, judge, model, run, captions, 100, HEADLINE.get(name, {}))
         rows.add(name, measure, updates=run["k"])
 
 
-def stacked(rows, judge, names, folder, device):
+def stacked(rows, judge, loaded):
     """All rows of stacked.json: how many of 1,000 modes 26,000 samples find."""
+    texts = [""] * 26_000
+
+    def real(seed):
+        return torch.from_numpy(datasets.stacked(len(texts))["x"]).permute(0, 3, 1, 2)
 
     def score_modes(draw):
-        found = [datasets.modes(judge, draw(seed)) for seed in SEEDS]
-        spreads = {key: models.spread([f[key] for f in found]) for key in ("modes", "kl")}
-        return {"n": found[0]["n"], "seeds": list(SEEDS), **spreads}
+        return score(lambda seed: datasets.modes(judge, draw(seed)))
 
-    texts = [""] * 26_000
-    images = torch.from_numpy(datasets.stacked(len(texts))["x"]).permute(0, 3, 1, 2)
-    rows.add("training images", lambda: score_modes(lambda seed: images))
-    for name in names:
-        model, run = models.load(name, folder / name, device)
+    rows.add("training images", partial(score_modes, real))
+    for name, (model, run) in loaded.items():
         draw = partial(models.samples, model, run, texts)
         rows.add(name, partial(score_modes, draw), updates=run["k"])
 
 
-def unseen(rows, judge, names, folder, device):
+def unseen(rows, judge, left_out, loaded):
     """All rows of unseen.json: three captions, left out of training and, beside it, not."""
     captions = models.cycle(list(datasets.UNSEEN), 300)
-    for name in names:
-        options = {"guidance": 1.0} if name == "diffusion" else {}
-        for label, path in (("left out", folder / "unseen" / name), ("trained on", folder / name)):
-            model, run = models.load(name, path, device)
-            measure = partial(score_model, judge, model, run, captions, 0, options)
+    for name in left_out:
+        for label, (model, run) in (("left out", left_out[name]), ("trained on", loaded[name])):
+            given = model, run, captions, 0, HEADLINE.get(name, {})
+            measure = partial(score_model, judge, *given)
             rows.add(f"{name}, {label}", measure, updates=run["k"])
 
 
@@ -204,8 +200,8 @@ def picture(judge, loaded, out):
     captions = judge.captions_test[:10]
     columns = [(caption, []) for caption in captions]
     for name, (model, run) in loaded.items():
-        options = {"guidance": 1.0} if name == "diffusion" else {}
-        for (_, images), x in zip(columns, models.samples(model, run, captions, 0, **options)):
+        drawn = models.samples(model, run, captions, 0, **HEADLINE.get(name, {}))
+        for (_, images), x in zip(columns, drawn):
             images.append(x)
     columns = [(caption, torch.stack(images)) for caption, images in columns]
     grid(out / "samples.png", columns, list(loaded))
@@ -296,6 +292,14 @@ def main(argv=None):
     def rows_of(file):
         return Rows(out / file, device, progress, Path(data).name)
 
+    def trained_on(what, make, wanted):
+        """Those of the models that are wanted, trained on a data file that make() gives."""
+        some, file = [name for name in names if name in wanted], folder / f"{what}.npz"
+        if not file.exists():
+            pack.save(file, make())
+        train_all(some, folder / what, rates, None, progress, *flags, "--data", str(file))
+        return {name: models.load(name, folder / what / name, device) for name in some}
+
     device, seconds = torch.device(args.device), args.seconds
     if args.quick:
         seconds = seconds or QUICK_SECONDS
@@ -333,14 +337,9 @@ def main(argv=None):
         equal_seconds(rows_of("equal.json"), judge, names, folder / "equal", device)
         if "gan" in names:
             truth.add("stability", partial(stability, judge, folder, device))
-        for what, ask, some, place in (
-            ("stacked", stacked, STACKED, folder / "stacked"), ("unseen", unseen, UNSEEN, folder),
-        ):  # fmt: skip
-            some, file = [name for name in names if name in some], folder / f"{what}.npz"
-            if not file.exists():
-                datasets.save(what, file)
-            train_all(some, folder / what, rates, None, progress, *flags, "--data", str(file))
-            ask(rows_of(f"{what}.json"), judge, some, place, device)
+        stacked(rows_of("stacked.json"), judge, trained_on("stacked", datasets.stacked, STACKED))
+        left_out = trained_on("unseen", datasets.unseen, UNSEEN)
+        unseen(rows_of("unseen.json"), judge, left_out, loaded)
     for name, (make, file) in report.TABLES.items():
         if (out / file).exists() and not file.startswith("fashion"):
             print(f"\n{name}\n\n{make(out)}")

@@ -43,7 +43,7 @@ def check(model, run, n=32):
     module.compile_parts(compiled)
     pairs["compiled"] = truth, draw(compiled)
     throughput.allow_tf32(device, True)  # as the scripts' find_device
-    if model.name in ("flow", "flow-gan"):  # in fp32, whatever is allowed
+    if model.name in models.EXACT:
         x = (truth + 127.5).round() / 127.5 - 1
         pairs["there and back"] = 127.5 * x, 127.5 * model.sample(model.encode(x, c), c)
     else:

@@ -21,25 +21,17 @@ StackedMNIST as in Metz et al. 2017, of the 4,500 training images.
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import prior
+from bench.pack import save
 from bench.quality import Judge, read_samples
 from diffusion import DIGITS, load_data
 
 UNSEEN = ("bold slanted two", "thin upright five", "bold upright eight")
-
-
-def save(what, path):
-    """Writes the data file "stacked" or "unseen", whole or not at all."""
-    temporary = Path(path).with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **(stacked() if what == "stacked" else unseen()))
-    os.replace(temporary, path)
 
 
 def stacked(n=20_000):
@@ -87,7 +79,7 @@ def main(argv=None):
             parser.exit(2, f"bench.datasets: error: {args.file}: take 28x28 images in colour\n")
         print(json.dumps(modes(Judge(), x)))
         return
-    save(args.what, args.file)
+    save(Path(args.file), stacked() if args.what == "stacked" else unseen())
     print(args.file)
 
 

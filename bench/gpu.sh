@@ -46,10 +46,8 @@ case $part in
   steps) throughput diffusion 500 ;;
   correct)
     for model in ${models/autoregressive/}; do
-      script=$model flags=()
-      case $model in *-gan) script=hybrids flags=(--model "$model") ;; esac
-      timeout 100 python -m "$script" --train --train-steps "$updates" --n 4 "${tiny[@]}" \
-        "${flags[@]}" "${data[@]}" --out "$runs/$model" &&
+      timeout 100 python -c "import sys; from bench import models; models.train(*sys.argv[1:])" \
+        "$model" "$runs/$model" --train-steps "$updates" --n 4 "${tiny[@]}" "${data[@]}" &&
         timeout 150 python -m bench.correct "$model" "$runs/$model" \
           --out "$results/correct-$model.json" || echo "bench/gpu.sh: $model ended with $?"
     done

@@ -18,6 +18,7 @@ SCRIPTS = {
     "vae-gan": "hybrids", "flow-gan": "hybrids", "diffusion-gan": "hybrids",
     "autoregressive": "bench.autoregressive",
 }  # fmt: skip
+EXACT = ("flow", "flow-gan")  # in fp32 whatever is allowed, or the inverse is none
 
 
 def script(name):

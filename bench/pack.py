@@ -82,6 +82,14 @@ def pack_images(folder, size):
     return {"x": np.stack([image.convert(mode) for image in images]), "y": np.array(captions)}
 
 
+def save(path, arrays):
+    """Writes an .npz whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(temporary, path)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,10 +111,7 @@ def main(argv=None):
         arrays = pack_idx(args.source, names)
     else:
         arrays = pack_images(args.source, args.size)
-    temporary = args.file.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(temporary, args.file)
+    save(args.file, arrays)
     shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     print(f"{args.file}: {shapes}")
 

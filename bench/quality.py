@@ -149,9 +149,9 @@ class Judge:
             schedule.step()
         self.classifier.eval().requires_grad_(False)
         self.features, self.sharpness = self.embed(self.x), sharpness(self.x)
-        every = -(-len(self.x) // REFERENCES)
-        self.references = self.features[::every].numpy()
-        self.diversity = diversity(self.features[::every], self.captions[::every])
+        stride = -(-len(self.x) // REFERENCES)
+        self.references = self.features[::stride].numpy()
+        self.diversity = diversity(self.features[::stride], self.captions[::stride])
         if self.digits:
             every = torch.cat([self.x, self.x_test])
             digit = np.array([c.split()[2] for c in self.captions + self.captions_test])

@@ -205,14 +205,14 @@ def sampler(model, batch, captured=False, dtype=None):
 def sampling_row(name, label, options, mode, dtype, guard, quick, shape, budget):
     """The figures of a sampler in a mode, eager, compiled or graph, after about `budget` seconds a
     batch size; options are of the model's Config."""
-    device, exact = guard.device, name in ("flow", "flow-gan")
+    device = guard.device
     model = models.build(name, shape, WORDS, device, **options)
     row = {"name": label, "model": name, "mode": mode, "evaluations": models.evaluations(model)}
     row |= {"dtype": "bf16" if dtype == torch.bfloat16 else "fp32", "batches": {}}
     row["parameters"] = sum(p.numel() for p in model.parameters())
-    plain = copy.deepcopy(model)
-    plain.name, plain.device = name, device
+    plain = model
     if mode == "compiled":
+        plain = copy.deepcopy(model)
         models.script(name).compile_parts(model)
     best, at, limit = 0.0, 1, budget * (20 if device.type == "cuda" else 1)
     for batch in BATCHES[device.type]:
@@ -234,7 +234,7 @@ def sampling_row(name, label, options, mode, dtype, guard, quick, shape, budget)
     row["peak_memory_mb"] = row["batches"][at]["peak_memory_mb"]
     row["gflops_per_image"] = gflops(sampler(plain, 2)) / 2
     row["megabytes_per_image"] = megabytes(sampler(plain, at, dtype=dtype)) / at
-    allow_tf32(device, not exact)
+    allow_tf32(device, name not in models.EXACT)
     top = ceilings(device, dtype)
     allow_tf32(device, True)
     flops = max(value for key, value in top.items() if key.endswith("tflops"))
@@ -251,7 +251,7 @@ def sampling_row(name, label, options, mode, dtype, guard, quick, shape, budget)
 
 
 def memory(device):
-    """Peak memory in MB: of the device since it was last asked, or of this process until now."""
+    """Peak memory in MB: of the device since its last reset, or of this process until now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -260,7 +260,7 @@ def memory(device):
 def dtype_of(name, device):
     """What sampling multiplies in: a flow's inverse must be exact."""
     with models.script(name).autocast(device):
-        bf16 = torch.is_autocast_enabled(device.type) and name not in ("flow", "flow-gan")
+        bf16 = torch.is_autocast_enabled(device.type) and name not in models.EXACT
     return torch.bfloat16 if bf16 else torch.float32
 
 

@@ -252,7 +252,7 @@ class FlowGAN(nn.Module):
     """(4): a flow, whose samples a critic judges. One image in eight meets it, as a likelihood is
     cheap and wants many images. See flow.py for the flow's equations."""
 
-    defaults = dict(train_steps=1500, batch_size=128, gamma=1.0, weight=0.02)
+    defaults = dict(train_steps=1600, batch_size=128, gamma=1.0, weight=0.003)
 
     def __init__(self, shape, vocabulary, width=64, noise=0.15):
         super().__init__()
@@ -308,7 +308,7 @@ class FlowGAN(nn.Module):
         h = h * self.std + self.mean
         return self.dct.T @ h.view_as(z) @ self.dct
 
-    def loss(self, x, c, gamma=1.0, weight=0.02, beta=1.0):
+    def loss(self, x, c, gamma=1.0, weight=0.003, beta=1.0):
         """As VAEGAN's, without a part for beta."""
         y = x + self.noise * torch.randn_like(x)
         z, log_det = self(y, c)

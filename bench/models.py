@@ -1,98 +1,163 @@
-"""The models by name: their scripts, their runs, their samples."""
+"""The models by name: how they are built, trained, loaded and sampled; and the images left out.
+
+No function here asks which model it has: a model says by its members what it can do.
+"""
 
 import importlib
-import math
+import inspect
 import subprocess
 import sys
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from einops import rearrange
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import prior
+from vae import captioned_digits, load_data
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {
-    "vae": "vae", "flow": "flow", "gan": "gan", "diffusion": "diffusion",
-    "vae-gan": "hybrids", "flow-gan": "hybrids", "diffusion-gan": "hybrids",
-    "autoregressive": "bench.autoregressive",
-}  # fmt: skip
-EXACT = ("flow", "flow-gan")  # in fp32 whatever is allowed, or the inverse is none
+HERE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+MODELS = {
+    "vae": "vae.VAE",
+    "gan": "gan.GAN",
+    "diffusion": "diffusion.Diffusion",
+    "flow": "flow.Flow",
+    "vae-gan": "hybrids.VAEGAN",
+    "flow-gan": "hybrids.FlowGAN",
+    "diffusion-gan": "hybrids.DiffusionGAN",
+}
 
 
 def script(name):
-    """The model's script, as a module."""
-    return importlib.import_module(SCRIPTS[name])
+    """The script of the model, as a module."""
+    return importlib.import_module(MODELS[name].split(".")[0])
 
 
-def train(name, out, *flags):
-    """Trains the model in a process of its own, from where its run in `out` stands."""
-    model = ["--model", name] if SCRIPTS[name] == "hybrids" else []
-    resume = ["--resume"] if Path(out, "checkpoint.pt").exists() else []
-    call = [sys.executable, "-m", SCRIPTS[name], "--train", "--out", str(out), *model, *resume]
-    with subprocess.Popen([*call, *flags], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # it got the signal too, and writes its checkpoint
-            process.wait()
-            raise SystemExit(130) from None
+def network(name):
+    """The class of the model."""
+    return getattr(script(name), MODELS[name].split(".")[1])
+
+
+def fresh(name, shape, vocabulary, device="cpu", **args):
+    """The model with new weights, laid out in memory as its script does it."""
+    model = network(name)(shape, vocabulary, **args)
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def choice(name):
+    """The flag that chooses the model, where its script has several."""
+    return ["--model", name] if script(name).__name__ == "hybrids" else []
+
+
+def flags(name, *argv):
+    """What the flags argv, and the script's defaults, come to: the args that it hands to train."""
+    module = script(name)
+    with mock.patch.multiple(module, train=mock.DEFAULT, sample=mock.DEFAULT) as verbs:
+        module.main(["--train", "--resume", *choice(name), *argv])
+    torch.set_default_device(None)  # main has set one
+    return verbs["train"].call_args.args[0]
+
+
+def train(name, run, *argv):
+    """Trains the model in a process of its own, from where its run stands."""
+    call = [sys.executable, f"{script(name).__name__}.py", "--train", *choice(name)]
+    if Path(run, "checkpoint.pt").exists():
+        call.append("--resume")
+    call += ["--out", str(Path(run).resolve()), *argv]
+    code = subprocess.run(call, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
     if code:
-        raise SystemExit(code)
+        raise SystemExit(f"training of {name} ended with exit code {code}")
 
 
-def build(name, shape, n_words, device, **options):
-    """The model with fresh weights, as its script builds it to sample."""
-    module = script(name)
-    if SCRIPTS[name] == "hybrids":
-        options = {"model": name, **options}
-    model = module.build(module.Config(**options), shape, n_words)
-    model.name, model.device = name, torch.device(device)
-    return model.to(device, memory_format=torch.channels_last).requires_grad_(False)
+def load(run, device="cpu"):
+    """The model of a run, ready to sample, and its checkpoint, which gets a "name" in any case."""
+    try:
+        checkpoint = torch.load(Path(run, "checkpoint.pt"), "cpu", weights_only=True, mmap=True)
+        name = checkpoint.get("name", checkpoint["script"])
+        module = script(name)
+    except Exception as error:
+        raise SystemExit(f"{run} holds no run: {type(error).__name__}") from None
+    model, checkpoint = module.load(run, device)
+    return model.requires_grad_(False).eval(), {**checkpoint, "name": name}
 
 
-def load(name, out, device="cpu"):
-    """The model of a run, its averaged weights, and the run's checkpoint."""
-    module = script(name)
-    run = module.load(Path(out, "checkpoint.pt"))
-    known = {f.name for f in module.fields(module.Config)} - {"model", "device"}
-    options = {key: value for key, value in run["config"].items() if key in known}
-    model = build(name, run["shape"], len(run["vocabulary"]), device, **options)
-    model.load_state_dict(run["ema"])
-    return model, run
+def options(name):
+    """What the model's sample takes beside z and c: name -> default."""
+    parameters = inspect.signature(network(name).sample).parameters.values()
+    return {option.name: option.default for option in list(parameters)[3:]}
 
 
-def evaluations(model, **options):
-    """How often `sample` calls the network for one image, a guided step's two counted as two;
-    options, e.g. steps, change the model's Config."""
-    cfg = replace(model.cfg, **options)
-    if model.name == "diffusion":
-        return cfg.steps * (1 + (cfg.sampler == "heun")) * (1 + (cfg.guidance != 1))
-    if model.name == "diffusion-gan":
-        return cfg.denoising_steps
-    return math.prod(model.latent_shape) if model.name == "autoregressive" else 1
+def plain(name):
+    """The options with which the model samples from what it was trained to be, and no other."""
+    return {option: 1.0 for option in ("guidance", "temperature") if option in options(name)}
 
 
-def samples(model, run, captions, seed, z=None, batch=100, **options):
-    """Images for captions, uint8 (N, C, H, W), as --sample --seed draws them, or decoded from the
-    codes z (N, ...); options, e.g. steps, change the model's Config."""
-    module, images, before = script(model.name), [], model.cfg
-    model.cfg = replace(before, **options)
-    words = module.to_words(captions, run["vocabulary"]).to(model.device)
-    for i in torch.arange(len(captions), device=model.device).split(batch):
-        seeds = prior.fold_in(seed, i)
-        code = prior.normal(seeds, model.latent_shape) if z is None else z[i.cpu()].to(model.device)
-        images.append(module.draw(model, code, model.embed(words[i]), seeds))
-    model.cfg = before
+def settings(name, steps=(1, 2, 4, 10)):
+    """The ways to sample that are compared, the default first: label -> options of sample."""
+    ways = {name: {}}
+    if options(name) != options(name) | plain(name):
+        ways[f"{name}, guidance 1"] = plain(name)
+    for n in steps if "steps" in options(name) else ():
+        ways[f"{name}, {n} step{'s' * (n > 1)}"] = {"steps": n}
+    return ways
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def draw(model, captions, seed, batch=100, **options):
+    """Images for captions, uint8 (N, C, H, W), as --sample --seed draws them."""
+    device, images = device_of(model), []
+    torch.manual_seed(seed)
+    for ids in model.tokenize(captions).to(device).split(batch):
+        z = prior.sample(len(ids), *model.latent_shape, device=device)
+        x = model.sample(z, model.embed(ids), **options)
+        images.append((127.5 * (x + 1)).round().byte().cpu())
     return torch.cat(images)
 
 
-def cycle(captions, n):
-    """The first n of the captions, over and over."""
-    return [captions[i % len(captions)] for i in range(n)]
+def cost(model, **options):
+    """How often sample runs the network for an image, counted at its layers, the text's left out,
+    where a guided step's two count as two; and billions of floating-point operations an image."""
+    calls, text = Counter(), set(model.embed.modules())
+    layers = [part for part in model.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    hooks = []
+    for layer in set(layers) - text:
+        hooks.append(layer.register_forward_hook(lambda layer, *_: calls.update([layer])))
+    with FlopCounterMode(display=False) as counter:
+        draw(model, [""], 0, **options)
+    for hook in hooks:
+        hook.remove()
+    return max(calls.values()), counter.get_total_flops() / 1e9
 
 
-def spread(values):
-    """Mean and standard deviation, as plain numbers."""
-    values = np.asarray(values, float)
-    return {"mean": float(values.mean()), "std": float(values.std(ddof=len(values) > 1))}
+def held_out(path=None):
+    """The images that load_data leaves out, uint8 (N, C, S, S), and their captions, without the
+    words that no training caption has."""
+    x, captions = load_data(path)
+    data = np.load(path) if path else captioned_digits()
+    try:
+        kept = "x_test" in data
+        x_test = data["x_test"] if kept else data["x"][::10]
+        y_test = data["y_test"] if kept else data["y"][::10]
+        x_test = torch.from_numpy(rearrange(x_test, "n h w ... -> n (...) h w"))
+        same = x_test.dtype == torch.uint8 and x_test.shape[1:] == x.shape[1:]
+        if not same or len(x_test) != len(y_test) or len(x_test) < 2:
+            raise ValueError("take two or more held-out images like x, and as many texts")
+    except Exception as error:
+        raise SystemExit(f"--data {path}: {error}") from None
+    known = set(" ".join(captions).split())
+    rows = [str(text).lower().split() for text in y_test]
+    return x_test, [" ".join(word for word in row if word in known) for row in rows]
+
+
+def evenly(n, length):
+    """n of the places 0 to length - 1, evenly spread; some come again where n is larger."""
+    return [i * length // n for i in range(n)]

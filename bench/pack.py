@@ -12,7 +12,6 @@ plain or .gz): as they are; captions are the labels or their --names; t10k becom
 import argparse
 import gzip
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 
 def fail(message):
-    """Ends the program with one line on stderr and exit code 2."""
-    print(f"bench.pack: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    """Ends the program with one line."""
+    raise SystemExit("bench.pack: " + " ".join(message.split())) from None
 
 
 def read_idx(folder, name):
@@ -91,10 +89,8 @@ def save(path, arrays):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = fail
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("source", type=Path, help="a folder of images or of MNIST-format files")
     parser.add_argument("file", type=Path, help="the .npz to write")
     parser.add_argument("--size", type=int, default=32, help="side of packed images [32]")
@@ -103,7 +99,7 @@ def main(argv=None):
     if not args.source.is_dir():
         fail(f"{args.source} is no folder")
     if args.size < 4 or args.size % 4:
-        fail(f"--size {args.size}: take a multiple of 4, as the models need")
+        parser.error(f"--size {args.size}: take a multiple of 4, as the models need")
     if args.file.exists() or args.file.suffix != ".npz" or not args.file.parent.is_dir():
         fail(f"{args.file} exists already, does not end in .npz, or its folder does not exist")
     names = [name.strip() for name in args.names.split(",")] if args.names else []

@@ -1,35 +1,50 @@
-"""Tables and pictures from result files: `python -m bench.report` rewrites the README's."""
+"""Tables and pictures from the JSON files of the benchmarks.
+
+  python -m bench.report
+
+writes the table between `<!-- table -->` and `<!-- /table -->` of README.md and docs/README.zh.md,
+all tables into bench/RESULTS.md, and bench/results/quality_speed.png, from quality.json, which
+`python -m bench` writes, and speed.json, which `pytest bench --benchmark-json` writes.
+"""
 
 import json
 import os
 import platform
 import re
-import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
+from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parent.parent
+from bench.models import MODELS, ROOT, script
+
 RESULTS = ROOT / "bench/results"
+PAGES = "README.md", "docs/README.zh.md"
+FIGURES = "precision", "recall", "density", "coverage", "sharpness", "nearest", "diversity"
 
 
 def environment(device="cpu"):
     """Where figures are from."""
-    cores = f"{os.cpu_count()} cores of {platform.machine()}"
-    device = torch.cuda.get_device_name() if device == "cuda" else cores
 
-    def git(*call):
-        if not shutil.which("git"):
-            return ""
-        return subprocess.run(["git", *call], cwd=ROOT, capture_output=True, text=True).stdout
+    def git(call):
+        return subprocess.getoutput(f"git -C '{ROOT}' {call} 2>/dev/null")
 
-    commit = git("rev-parse", "--short", "HEAD").strip() or os.environ.get("COMMIT", "")
-    if git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md"):  # what it writes
+    commit = os.environ.get("COMMIT") or git("rev-parse --short HEAD") or "unknown"
+    # what the benchmark itself writes does not count
+    if git("status --porcelain -- . ':!bench/results' ':!*.md'"):
         commit += "-dirty"
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
-    return {"device": device, "python": platform.python_version(), "commit": commit, **versions}
+    cores = f"{os.cpu_count()} cores of {platform.machine()}"
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cores,
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def write(path, data):
@@ -43,212 +58,199 @@ def read(path):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def table(head, rows):
-    """A Markdown table."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def spread(values):
+    """Mean and standard deviation, as plain numbers."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": deviation}
 
 
 def number(value, digits=2):
     """A figure, with its spread where it has one; a dash where there is none."""
     if value is None:
         return "-"
-    if isinstance(value, dict):
-        return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
-    return f"{value:.{digits}f}"
+    if not isinstance(value, dict):
+        return f"{value:.{digits}f}"
+    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+
+
+def significant(value):
+    """A figure of three digits, or a dash."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def percent(value):
     return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}%"
 
 
-def quality_table(folder, file="quality.json"):
-    """What the samples are like, a row a model, beside the real images and the baselines; and what
-    that took: parameters, seconds of training, evaluations of the network for an image."""
-    rows, speed = read(folder / file).get("rows", {}), read(folder / "throughput.json")
-    return table_of_quality(rows, speed.get("rows", {}))
+def bits(row):
+    """Bits per dimension and what kind of statement that is."""
+    likelihood = row.get("bits_per_dim")
+    if not likelihood:
+        return "-"
+    return f"{likelihood['bits_per_dim']:.2f} ({likelihood['kind']})"
 
 
-def table_of_quality(rows, speed):
-    """quality_table of rows of quality.json and of throughput.json."""
-    attributes = {name for row in rows.values() for name in row["agreement"]}
-    names = [n for n in ("digit", "weight", "slant") if n in attributes] or sorted(attributes)
-    others = "fld precision recall density coverage sharpness nearest diversity".split()
+def table(head, rows):
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [str(cell).replace("|", "\\|") for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def measured(speed, task):
+    """What was recorded beside each benchmark of a task, sampling or training."""
+    notes = [benchmark["extra_info"] for benchmark in speed.get("benchmarks", ())]
+    return [note for note in notes if note.get("task") == task]
+
+
+def rates(speed):
+    """Images per second of each way to sample, at its best batch, by its label; not compiled."""
+    best = {}
+    for row in measured(speed, "sampling"):
+        if row["mode"].startswith("eager"):
+            best[row["label"]] = max(row["images_per_s"], best.get(row["label"], 0))
+    return best
+
+
+def main_table(folder):
+    """The README's table, a row a model, as its script samples by default."""
+    rows, rate = read(folder / "quality.json").get("rows", {}), rates(read(folder / "speed.json"))
     body = []
-    for name, row in rows.items():
-        cells = [percent(row["agreement"][n]) for n in names]
-        cells += [number(row[n], 1 if n == "fld" else 2) for n in others]
-        bits, timed = row.get("bits_per_dim"), speed.get(name.split()[0])
-        cost = ["-"] * 3
-        if timed and "updates" in row:
-            training = row["updates"] * timed["training"]["seconds"]
-            size = row["parameters"] / 1e6
-            cost = [number(size), number(training, 0), str(row["evaluations"])]
-        body.append([name, *cells, number(bits and bits["bits_per_dim"]), *cost])
-    head = ["images", *names, "FLD", *others[1:], "bits/dim", "parameters (M)", "training (s)"]
-    return table([*head, "evaluations"], body)
-
-
-def equal_table(folder):
-    """The same of models that were trained for equal seconds."""
-    return quality_table(folder, "equal.json")
-
-
-def fashion_table(folder):
-    """The same of Fashion-MNIST."""
-    return quality_table(folder / "fashion")
-
-
-def stacked_table(folder):
-    """How many of StackedMNIST's 1,000 modes samples find, a row a model."""
-    rows = read(folder / "stacked.json").get("rows", {}).items()
-    body = [[name, number(row["modes"], 0), number(row["kl"], 3)] for name, row in rows]
-    return table(["images", "modes of 1,000", "KL to uniform (nats)"], body)
-
-
-def unseen_table(folder):
-    """Agreement with three captions that were left out of training, and were not."""
-    body, names = [], ("digit", "weight", "slant")
-    for name, row in read(folder / "unseen.json").get("rows", {}).items():
-        model, captions = name.split(", ")
-        body.append([model, captions, *(percent(row["agreement"][n]) for n in names)])
-    return table(["model", "the captions were", *names], body)
-
-
-def speed_table(folder, results=None):
-    """How fast each sampler is, a row a sampler and mode."""
-    if results is None:
-        results = read(folder / "throughput.json").get("rows", {})
-    head = ["sampler", "mode", "evaluations", "images/s", "latency (ms)", "GFLOP/image"]
-    head += ["MB/image", "nearer ceiling", "share of it", "memory (MB)", "parameters (M)"]
-    body = []
-    for result in results.values():
-        for row in result["sampling"]:
-            rate = row["images_per_s"]
-            cells = [row["name"], f"{row['mode']}, {row['dtype']}", str(row["evaluations"])]
-            cells += [number(rate, 0 if rate >= 10 else 2), number(1000 * row["latency"], 1)]
-            cells += [number(row["gflops_per_image"], 3), number(row["megabytes_per_image"], 1)]
-            cells += [row["bound"], f"{100 * row['share_of_ceiling']:.0f}%"]
-            cells += [number(row["peak_memory_mb"], 0), number(row["parameters"] / 1e6)]
-            body.append(cells)
-    return table(head, body)
-
-
-def gpu_table(folder):
-    """The same of the files that bench/gpu.sh wrote, with what they were measured on; whether the
-    fast ways are right; and what the samples are like after training at a GPU's scale."""
-
-    def files(kind):
-        paths = sorted(Path(folder, "gpu").glob(f"{kind}-*.json"))
-        return {path.stem.removeprefix(f"{kind}-"): read(path) for path in paths}
-
-    kinds = ("throughput", "correct", "quality", "training")
-    speed, correct, quality, training = (files(kind) for kind in kinds)
-    results = [*speed.values(), *correct.values(), *quality.values()]
-    if not results:
-        return "Not measured yet: `bench/gpu.sh` has the commands."
-    devices = {f"{result['device']}, torch {result['torch']}" for result in results}
-    body = []
-    for name, result in correct.items():
-        for way, row in result["rows"].items():
-            figures = [number(row["mean"], 3), number(row["largest"], 1)]
-            body.append([name, way, *figures, "yes" if row["right"] else "no"])
-    levels = table(["model", "way", "mean difference of 255", "largest", "right"], body)
-    rows, timed = ({k: row for result in some.values() for k, row in result["rows"].items()}
-                   for some in (quality, training))  # fmt: skip
-    parts = [speed_table(folder, speed), levels, table_of_quality(rows, timed)]
-    return "\n\n".join([f"{', '.join(sorted(devices))}:", *parts])
-
-
-def training_table(folder):
-    """What training took: images/s of the script's own step, times its number of updates."""
-    body = []
-    for name, result in read(folder / "throughput.json").get("rows", {}).items():
-        row = result["training"]
-        if row is None:
+    for name in ("real, held out", *MODELS):
+        if name not in rows:
             continue
-        steps = f"{row['train_steps']} x {row['batch_size']}"
-        body.append([name, steps, number(row["images_per_s"], 0), f"{row['training_seconds']:.0f}"])
-    return table(["model", "updates x batch", "images/s", "seconds"], body)
+        row = rows[name]
+        obeyed = statistics.fmean(value["mean"] for value in row["agreement"].values())
+        model, lines = "real images", "-"
+        if name in MODELS:
+            file = Path(script(name).__file__)
+            model = f"[{name}]({file.name})"
+            lines = len(file.read_text().splitlines())
+        cells = [model, row.get("evaluations", "-"), significant(rate.get(name))]
+        cells += [number(row["fld"], 1), f"{100 * obeyed:.0f}%", bits(row), lines]
+        body.append(cells)
+    head = "model", "evaluations an image", "images/s", "FLD", "text obeyed", "bits/dim"
+    return table([*head, "lines of its file"], body)
 
 
-def claims_table(folder):
-    """The textbook's claims, what was measured, and whether that bears them out."""
-    rows = read(folder / "claims.json").get("rows", {}).values()
-    body = [[row["claim"], row["measured"], row["verdict"]] for row in rows]
-    return table(["claim", "measured", "borne out?"], body)
+def quality_table(rows):
+    """What the samples are like, a row a way to sample, beside real images and baselines."""
+    names, body = list(next(iter(rows.values()))["agreement"]), []
+    for label, row in rows.items():
+        cells = [label]
+        cells += [percent(row["agreement"][name]) for name in names]
+        cells += [number(row["fld"], 1), *(number(row[figure]) for figure in FIGURES)]
+        cells += [bits(row), row.get("evaluations", "-"), row.get("updates", "-")]
+        body.append(cells)
+    return table(["images", *names, "FLD", *FIGURES, "bits/dim", "evaluations", "updates"], body)
 
 
-TABLES = {
-    "quality": (quality_table, "quality.json"), "speed": (speed_table, "throughput.json"),
-    "training": (training_table, "throughput.json"), "equal": (equal_table, "equal.json"),
-    "claims": (claims_table, "claims.json"), "stacked": (stacked_table, "stacked.json"),
-    "unseen": (unseen_table, "unseen.json"), "fashion": (fashion_table, "fashion/quality.json"),
-    "gpu": (gpu_table, "none"),
-}  # fmt: skip
+def speed_table(speed):
+    """How fast each way to sample is, a row a batch size and mode."""
+    body = []
+    for row in measured(speed, "sampling"):
+        cells = [row["label"], row["mode"], row["batch"], row["evaluations"]]
+        cells += [significant(row["images_per_s"]), significant(1000 * row["seconds"])]
+        cells += [number(row["gflop_per_image"], 3), significant(row.get("peak_memory_mb"))]
+        body.append(cells)
+    head = "sampler", "mode", "batch", "evaluations", "images/s", "ms a batch", "GFLOP an image"
+    return table([*head, "memory (MB)"], body)
 
 
-def eager_rates(folder):
-    """Images per second of each sampler, uncompiled, by its name."""
-    results = read(folder / "throughput.json").get("rows", {}).values()
-    rows = [row for result in results for row in result["sampling"]]
-    return {row["name"]: row["images_per_s"] for row in rows if row["mode"] == "eager"}
+def training_table(speed):
+    """What training takes: the script's own update, times its number of updates."""
+    body = []
+    for row in measured(speed, "training"):
+        cells = [row["label"], row["mode"], row["batch"], row["updates"]]
+        cells += [significant(row["images_per_s"]), significant(1000 * row["seconds"])]
+        cells += [number(row["parameters"] / 1e6), significant(row["updates"] * row["seconds"])]
+        body.append(cells)
+    head = "model", "mode", "batch", "updates", "images/s", "ms an update"
+    return table([*head, "parameters (M)", "training (s)"], body)
 
 
-def where(folder, file):
-    """A line on where the figures of a file are from, and from which commits its rows."""
-    result = read(folder / file)
-    if not result:
-        return ""
-    commits = dict.fromkeys(row.get("commit", result["commit"]) for row in result["rows"].values())
-    return f"Measured on {result['device']}, torch {result['torch']}, commit {', '.join(commits)}."
+def where(result):
+    """A line on where the figures of a file are from."""
+    # pytest-benchmark keeps what bench/conftest.py tells it in machine_info
+    here, rows = result.get("machine_info", result), result.get("rows", {}).values()
+    commits = {row["commit"] for row in rows if "commit" in row} or {here.get("commit")}
+    text = f"Measured on {here.get('device')} with torch {here.get('torch')}, numpy"
+    text += f" {here.get('numpy')}, commit {', '.join(sorted(map(str, commits)))}"
+    sizes = {row["n"] for row in rows if "seeds" in row}
+    if sizes:
+        text += f"; {max(sizes)} samples for each of three sampling seeds, mean ± deviation"
+    return text + "."
 
 
-def readme():
-    """The README as its result files want it."""
-    text = (ROOT / "README.md").read_text()
-    for name, (make, file) in TABLES.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-        fresh = f"{make(RESULTS)}\n\n{where(RESULTS, file)}\n"
-        text = block.sub(lambda match, fresh=fresh: match[1] + fresh + match[2], text)
-    return text
+def results(folder):
+    """All tables of a folder of results, and of its sub-folders, as one page."""
+    parts = ["# Results", "Written by `python -m bench.report`; bench/quality.py defines figures."]
+    for part in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
+        name = "" if part == folder else f", {part.name}"
+        quality, speed = read(part / "quality.json"), read(part / "speed.json")
+        if quality:
+            parts += [f"## Quality{name}", quality_table(quality["rows"]), where(quality)]
+        if speed:
+            parts += [f"## Speed of sampling{name}", speed_table(speed), where(speed)]
+            parts += [f"## Speed of training{name}", training_table(speed), where(speed)]
+    return "\n\n".join(parts) + "\n"
+
+
+def insert(text, fresh):
+    """A page's text with a fresh table between its markers."""
+    block = re.compile(r"(<!-- table -->\n).*?(<!-- /table -->)", re.S)
+    return block.sub(lambda found: f"{found[1]}{fresh}\n{found[2]}", text)
+
+
+def picture(path, rows):
+    """Writes a picture of rows: (title, images (N, C, H, W) in [-1, 1]) each."""
+    n = max(len(images) for _, images in rows)
+    figure = Figure(figsize=(n, 1.25 * len(rows)), layout="constrained")
+    every = figure.subplots(len(rows), squeeze=False).flat
+    for axes, (title, images) in zip(every, rows):
+        strip = rearrange(images.cpu().float(), "n c h w -> h (n w) c")
+        axes.imshow((strip.clamp(-1, 1).numpy() + 1) / 2, "gray", vmin=0, vmax=1)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.axis("off")
+    figure.savefig(path, dpi=80)
 
 
 def plot_quality_against_speed(folder):
-    """One point a model, diffusion as a curve over its steps: Frechet distance, images/s."""
-    from matplotlib.figure import Figure
-
-    quality, speed = read(folder / "quality.json")["rows"], eager_rates(folder)
+    """One point a way to sample: FLD against images/s; the steps of a sampler make a curve."""
+    rows, rate = read(folder / "quality.json").get("rows", {}), rates(read(folder / "speed.json"))
+    points = {name: (rate[name], rows[name]["fld"]["mean"]) for name in rows if name in rate}
+    if not points:
+        return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    points = {n: (speed[n], quality[n]["fld"]["mean"]) for n in quality if n in speed}
-    curve = [points[n] for n in points if n.startswith("diffusion dpm")]
-    if curve:
-        axes.plot(*zip(*sorted(curve)), color="tab:gray", zorder=1)
-    for name, (x, y) in points.items():
-        axes.scatter(x, y, color="tab:gray" if name.startswith("diffusion ") else "tab:blue")
-        label, place = name, {"xytext": (4, 4)}
-        if name.endswith("-gan"):
-            place = {"xytext": (-5, -3), "ha": "right"}
-        if name.startswith("diffusion dpm, "):
-            label = name.removeprefix("diffusion dpm, ")
-            label += " step" if label == "1" else " steps"
-            place = {"xytext": (0, -12), "ha": "center"}
-        axes.annotate(label, (x, y), textcoords="offset points", fontsize=7, **place)
-    if curve:
-        place = {"xytext": (-6, -2), "ha": "right", "textcoords": "offset points"}
-        axes.annotate("diffusion", min(curve), fontsize=7, **place)
-    real = quality.get("real, held out")
-    if real:
-        axes.axhline(real["fld"]["mean"], linestyle=":", color="black", linewidth=1)
-        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        spot = (0.5, real["fld"]["mean"])
-        axes.annotate("real images", spot, xytext=(0, 2), fontsize=7, **place)
+    curve = [point for name, point in points.items() if "step" in name or name == "diffusion"]
+    axes.plot(*np.array(sorted(curve)).reshape(-1, 2).T, color="tab:gray", zorder=1)
+    style = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+    for name, point in points.items():
+        axes.scatter(*point, color="tab:blue" if name in MODELS else "tab:gray")
+        axes.annotate(name.removeprefix("diffusion, "), point, **style)
+    if "real, held out" in rows:
+        real = rows["real, held out"]["fld"]["mean"]
+        axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")
+        axes.legend(frameon=False)
     axes.margins(0.1)
     axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FLD (lower is better)")
     figure.savefig(folder / "quality_speed.png", dpi=150)
 
 
+def main():
+    fresh = main_table(RESULTS)
+    for page in PAGES:
+        path = ROOT / page
+        if path.exists():
+            path.write_text(insert(path.read_text(), fresh))
+    (ROOT / "bench/RESULTS.md").write_text(results(RESULTS))
+    plot_quality_against_speed(RESULTS)
+
+
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme())
+    main()

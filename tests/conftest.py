@@ -1,4 +1,4 @@
-"""What the tests share: the scripts, tiny data and the smallest flags of each model."""
+"""What the tests share: the seven models, tiny images with captions, and ways to run a script."""
 
 import importlib
 import os
@@ -7,76 +7,83 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-HYBRID = ["--width", "32", "--embedding", "16", "--latent", "4", "--couplings", "3"]
-FLAGS = {
-    "diffusion": ["--width", "8", "--embedding", "16", "--steps", "2"],
-    "vae": ["--width", "8", "--embedding", "16", "--latent", "4"],
-    "gan": ["--width", "8", "--embedding", "16", "--latent", "4"],
-    "flow": ["--width", "16", "--embedding", "16", "--couplings", "3"],
-    "vae-gan": ["--model", "vae-gan", *HYBRID],
-    "flow-gan": ["--model", "flow-gan", *HYBRID],
-    "diffusion-gan": ["--model", "diffusion-gan", *HYBRID],
-}
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tiny models are faster so
+SCRIPTS = ("vae", "gan", "diffusion", "flow", "hybrids")
+HYBRIDS = ("vae-gan", "flow-gan", "diffusion-gan")
+MODELS = (*SCRIPTS[:4], *HYBRIDS)
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tiny networks are faster so
 
 
-def script_of(model):
-    """The name of the script that has the model."""
-    return "hybrids" if "-" in model else model
+def path_of(model):
+    """The script that has the model."""
+    name = "hybrids" if model in HYBRIDS else model
+    return ROOT / f"{name}.py"
 
 
-@pytest.fixture(params=FLAGS)
-def model(request):
-    """Each model's name in turn."""
-    return request.param
+def module_of(model):
+    return importlib.import_module(path_of(model).stem)
 
 
-@pytest.fixture
-def script(model):
-    """The model's script, as a module."""
-    return importlib.import_module(script_of(model))
+def tiny(model, data):
+    """The flags of a run that takes a second."""
+    flags = ["--data", str(data), "--device", "cpu", "--images", "2"]
+    flags += ["--width", "8", "--batch-size", "8"]
+    if model == "diffusion":
+        flags += ["--steps", "2"]
+    if model in HYBRIDS:
+        flags += ["--model", model]
+    return flags
 
 
-@pytest.fixture
-def data(tmp_path):
-    """40 images of 8x8, bright or dark, in halves, and captions that say which."""
-    x = np.random.default_rng(0).integers(0, 60, (40, 8, 8), np.uint8)
-    y = []
-    for i in range(40):
-        half, light = ("left", "right")[i % 2], ("bright", "dark")[i // 2 % 2]
-        x[i, :, 4 * (i % 2) : 4 * (i % 2) + 4] += np.uint8(180 if light == "bright" else 80)
-        y.append(f"{light} {half}")
-    np.savez(tmp_path / "data.npz", x=x, y=np.array(y))
-    return tmp_path / "data.npz"
+def refusal(call, *argv):
+    """The one line with which a call ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        call(*argv)
+    line = stop.value.code
+    assert isinstance(line, str)
+    assert len(line.splitlines()) == 1
+    return line
 
 
-@pytest.fixture
-def run(model, script, data, tmp_path):
-    """run("--train", ...) calls the script's main with tiny flags, in tmp_path / "run"."""
-
-    def call(*argv):
-        tiny = [*FLAGS[model], "--data", data, "--batch-size", "8"]
-        options = ["--out", tmp_path / "run", "--device", "cpu", *tiny]
-        # what the test gives comes last and wins
-        return script.main([str(a) for a in [*options, *argv]])
-
-    call.out = tmp_path / "run"
-    return call
+def close(a, b, rtol=1e-5, atol=1e-8):
+    """Whether two numbers or tensors are equal to within a tolerance."""
+    a, b = (torch.as_tensor(value, dtype=torch.float64) for value in (a, b))
+    return torch.allclose(a, b, rtol, atol)
 
 
-@pytest.fixture
-def refused(run, capsys):
-    """refused(...) is the one line with which the script refuses the call, exit code 2."""
+def checkpoint(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
 
-    def call(*argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run(*argv)
-        lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-        assert stop.value.code == 2
-        assert len(lines) == 1
-        return lines[0]
 
-    return call
+def fill_zeros(model):
+    """Layers that start at zero hide what is behind them: they get random weights."""
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A file of 40 images of 8 x 8, light in one half, and captions that say which and how much."""
+    x = np.random.default_rng(0).integers(0, 40, (40, 8, 8), np.uint8)
+    y = ["dark left", "bright left", "dark right", "bright right"] * 10
+    for image, caption in zip(x, y):
+        half = image[:, 4:] if "right" in caption else image[:, :4]
+        half += np.uint8(200 if "bright" in caption else 90)
+    path = tmp_path_factory.mktemp("data") / "data.npz"
+    np.savez(path, x=x, y=y)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    """Each test begins with the same random numbers, and leaves torch as it was."""
+    torch.manual_seed(0)
+    yield
+    plt.close("all")
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)

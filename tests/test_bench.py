@@ -1,391 +1,428 @@
 """bench: figures against truth they must have, baselines that must fail, rows that are kept."""
 
 import json
+import math
 import os
 import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from torch import nn
 
 import prior
-from bench import autoregressive, claims, correct, datasets, models, quality, report, throughput
+from bench import __main__ as bench
+from bench import datasets, explore, likelihood, models, quality, reader, report
+from vae import captioned_digits
+
+WORDS = ["bright", "dark", "left", "right"]
 
 
-def test_frechet_distance_of_known_normals():
-    """|mu1 - mu2|^2 + sum of (s1 - s2)^2 for independent coordinates."""
-    g = np.random.default_rng(0)
-    a = g.normal(size=(200_000, 3)) * [1.0, 2.0, 0.5]
-    b = g.normal(size=(200_000, 3)) * [1.5, 2.0, 0.25] + [1.0, 0.0, -2.0]
-    truth = 5.0 + 0.5**2 + 0.25**2
-    assert quality.frechet_distance(a, b) == pytest.approx(truth, rel=0.02)
-    assert quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+def bytes_of(*shape, top=256):
+    """Random bytes under top, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(top, shape, generator=generator).byte()
 
 
-def test_manifold_figures_see_collapse_and_strangers():
-    g = np.random.default_rng(0)
-    real, same = g.normal(size=(2, 400, 4)).astype(np.float32)
-    good = quality.manifold_figures(real, same)
-    assert good["precision"] > 0.9 and good["recall"] > 0.9
-    assert 0.8 < good["density"] < 1.2 and good["coverage"] > 0.9
-    collapsed = np.repeat(real[:5], 80, 0) + 1e-3 * same
-    bad = quality.manifold_figures(real, collapsed)
-    assert bad["precision"] > 0.9 and bad["recall"] < 0.1 and bad["coverage"] < 0.2
-    far = quality.manifold_figures(real, same + 50)
-    assert max(far.values()) == 0
-
-
-def test_attributes_are_places_in_the_caption_or_the_caption():
-    assert quality.attributes(["a b", "c d"]) == [["a", "c"], ["b", "d"]]
-    assert quality.attributes(["a b", "c"]) == [["a b", "c"]]
-    assert quality.attributes(["", ""]) == [["", ""]]
-    assert quality.attributes(["x", "a b"], 2) == [["", "a"], ["", "b"]]
-
-
-def test_sharpness_and_diversity():
-    x = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    assert quality.sharpness(x) == 0
-    x[0, 0, 4, 4] = 255
-    assert quality.sharpness(x) == pytest.approx(8 / 36)
-    features = torch.tensor([[0.0], [1.0], [10.0], [10.0], [5.0]])
-    assert quality.diversity(features, ["a", "a", "b", "b", "c"]) == pytest.approx(0.5)
+def halves(path, n):
+    """n images of 8x8, bright or dark, in halves, and captions that say which."""
+    x, y = bytes_of(n, 1, 8, 8)[:, 0] // 4, []
+    for i in range(n):
+        light = ("bright", "dark")[i // 7 % 2]
+        half = ("left", "right")[i // 3 % 2]
+        part = x[i, :, :4] if half == "left" else x[i, :, 4:]
+        part += 180 if light == "bright" else 80
+        y.append(f"{light} {half}")
+    np.savez(path, x=x.numpy(), y=y)
+    return path
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory):
-    """A judge of the bright and dark halves that conftest's data has, on more images."""
-    g = np.random.default_rng(0)
-    x = g.integers(0, 60, (200, 8, 8), np.uint8)
-    y = []
-    for i in range(200):
-        half, light = ("left", "right")[i % 2], ("bright", "dark")[i // 2 % 2]
-        x[i, :, 4 * (i % 2) : 4 * (i % 2) + 4] += np.uint8(180 if light == "bright" else 80)
-        y.append(f"{light} {half}")
-    path = tmp_path_factory.mktemp("judge") / "data.npz"
-    np.savez(path, x=x, y=np.array(y))
-    return quality.Judge(str(path), steps=60, batch_size=32)
+def data(tmp_path_factory):
+    return halves(tmp_path_factory.mktemp("data") / "data.npz", 200)
 
 
-def test_the_judge_reads_real_images_and_baselines_fail_where_they_should(judge):
-    rows = {name: judge.measure(*images) for name, images in judge.baselines(20).items()}
-    real, replay, one = rows.values()
-    assert list(real["agreement"].values()) == [1.0, 1.0]
-    assert min(real["shuffled"].values()) < 0.9  # all held-out images are "left"
-    assert real["nearest"] == 1 and replay["nearest"] == 0
-    assert one["diversity"] == 0 and 0.5 < real["diversity"] < 1.5
-    assert all(np.isfinite(value) for key, value in real.items() if not isinstance(value, dict))
-    noise = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
-    far = judge.measure(noise, judge.captions_test[:20])
-    same = judge.measure(judge.x, judge.captions)
-    assert far["fld"] > 10 and abs(same["fld"]) < 0.1
+@pytest.fixture(scope="module")
+def judge(data):
+    return quality.Judge(str(data), steps=60, batch_size=32)
 
 
-def test_independent_pixels_keep_each_captions_marginals(judge):
-    x, captions = claims.independent_pixels(judge, 2000)
-    for caption in set(captions):
-        drawn = x[[text == caption for text in captions]].float()
-        truth = judge.x[[text == caption for text in judge.captions]].float()
-        assert (drawn.mean(0) - truth.mean(0)).abs().max() < 12
-        columns = drawn[:, 0, 2, 2:4]
-        assert abs(np.corrcoef(columns.T.numpy())[0, 1]) < 0.2
+@pytest.fixture(scope="module", params=models.MODELS)
+def run(request, data, tmp_path_factory):
+    """A run of each model in turn, of two updates at the smallest size."""
+    name, folder = request.param, tmp_path_factory.mktemp("run")
+    sizes = "--width 8 --batch-size 8 --train-steps 2 --images 4 --device cpu".split()
+    files = f"--data {data} --out {folder} --npz {folder}/samples.npz".split()
+    argv = ["--train", *models.choice(name), *sizes, *files]
+    models.script(name).main(argv)
+    return SimpleNamespace(name=name, folder=folder)
 
 
-def test_claims_about_normals_hold_and_their_figures_are_right():
-    for claim in (claims.normal_sums, claims.normal_against_uniform):
-        assert claim()["verdict"] == "yes"
-    kl = claims.analytic_kl()
-    assert kl["verdict"] == "yes"
-    assert abs(kl["figures"]["mean"] - kl["figures"]["exact"]) < 4 * kl["figures"]["standard_error"]
-    gradients = claims.gradient_variance()
-    assert gradients["figures"]["reparameterized"][1] == pytest.approx(4, rel=0.05)
+def tiny(name, **args):
+    return models.fresh(name, (1, 8, 8), WORDS, width=8, **args)
 
 
-def test_rows_are_written_one_by_one_and_kept(tmp_path):
-    from bench.__main__ import Rows
-
-    calls, path, cpu = [], tmp_path / "r.json", torch.device("cpu")
-    for updates in (5, 5, 6):  # a run that was trained on is measured again
-        rows = Rows(path, cpu, lambda text: None)
-        rows.add("a", lambda: calls.append("a") or {"value": 1}, updates=updates)
-    assert calls == ["a", "a"]
-    row = json.loads(path.read_text())["rows"]["a"]
-    assert (row["value"], row["updates"]) == (1, 6) and row["commit"]
-    report.write(path, {**report.read(path), "device": "another"})
-    with pytest.raises(SystemExit):
-        Rows(path, cpu, lambda text: None)
-
-
-def test_a_finished_run_is_taken_if_it_is_as_long_as_asked(monkeypatch, tmp_path):
-    from bench import __main__ as bench
-
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae/checkpoint.pt").touch()
-    run = {"config": {"train_steps": 100}, "k": 100}
-    monkeypatch.setattr(models.script("vae"), "load", lambda path: run)
-    monkeypatch.setattr(models, "train", lambda *given: pytest.fail("trained again"))
-    speed = {"vae": {"training": {"train_steps": 100, "seconds": 0.01}}}
-    for steps, seconds, taken in (
-        (100, None, True), (110, None, False), (500, 1.1, True), (500, 2.0, False),
-    ):  # fmt: skip
-        speed["vae"]["training"]["train_steps"] = steps
-        if taken:
-            bench.train_all(["vae"], tmp_path, speed, seconds, print)
-        else:
-            with pytest.raises(SystemExit):
-                bench.train_all(["vae"], tmp_path, speed, seconds, print)
-
-
-def test_a_sampler_is_timed_in_the_dtype_asked_for():
-    model = models.build("gan", (1, 8, 8), 14, "cpu", width=32, embedding=16)
-    dtypes = None, torch.float32, torch.bfloat16
-    default, fp32, bf16 = (throughput.sampler(model, 3, dtype=dtype)() for dtype in dtypes)
-    assert torch.equal(default, fp32) or torch.equal(default, bf16)
-    assert 0 < (fp32 - bf16).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("flags", ["--width 40", "--batch-size 0", "--shape 1 8 6", "--seconds -1"])
-def test_throughput_refuses_in_one_line(flags, capsys):
+def error_of(call, *given):
+    """The one line with which a call ends the program."""
     with pytest.raises(SystemExit) as stop:
-        throughput.main(["vae", *flags.split()])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+        call(*given)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
 
 
-def test_a_disturbed_row_is_timed_again_and_said_to_be(monkeypatch):
-    guard = throughput.Guard(torch.device("cpu"))
-    ceilings = iter([1.0, 0.5, 1.0, 1.0])
-    monkeypatch.setattr(throughput, "ceilings", lambda device: {"matmul_tflops": next(ceilings)})
-    times = iter([[9.0, 9.0, 9.0], [1.0, 1.0, 1.0]])
-    monkeypatch.setattr(throughput, "seconds", lambda call, device, repeats: next(times))
-    assert guard.time(None, 3) == {"seconds": 1.0, "scatter": 0.0, "disturbed": False}
-    ceilings, times = iter([1.0, 0.1] * 4), iter([[4.0], [2.0], [3.0], [5.0]])
-    monkeypatch.setattr(throughput, "ceilings", lambda device: {"matmul_tflops": next(ceilings)})
-    monkeypatch.setattr(throughput, "seconds", lambda call, device, repeats: next(times))
-    assert guard.time(None, 1) == {"seconds": 2.0, "scatter": 0.0, "disturbed": True}
+class TestFigures:
+    def test_frechet_distance_of_known_normals(self):
+        """|mu1 - mu2|^2 + sum of (s1 - s2)^2 for independent coordinates."""
+        g = np.random.default_rng(0)
+        a, b = g.normal(size=(2, 200_000, 3))
+        a = a * [1.0, 2.0, 0.5]
+        b = b * [1.5, 2.0, 0.25] + [1, 0, -2]
+        truth = 5.0 + 0.5**2 + 0.25**2
+        assert quality.frechet_distance(a, b) == pytest.approx(truth, rel=0.02)
+        assert quality.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+    def test_manifold_figures_see_collapse_and_strangers(self):
+        g = np.random.default_rng(0)
+        real, same = g.normal(size=(2, 400, 4)).astype(np.float32)
+        good = quality.manifold_figures(real, same)
+        assert good["precision"] > 0.9 and good["recall"] > 0.9
+        assert 0.8 < good["density"] < 1.2 and good["coverage"] > 0.9
+        collapsed = np.repeat(real[:5], 80, 0) + 1e-3 * same
+        bad = quality.manifold_figures(real, collapsed)
+        assert bad["precision"] > 0.9 and bad["recall"] < 0.1 and bad["coverage"] < 0.2
+        far = quality.manifold_figures(real, same + 50)
+        assert max(far.values()) == 0
+
+    def test_sharpness_and_diversity(self):
+        x = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+        assert quality.sharpness(x) == 0
+        x[0, 0, 4, 4] = 255
+        assert quality.sharpness(x) == pytest.approx(8 / 36)
+        features = torch.tensor([0.0, 1, 10, 10, 5])[:, None]
+        distance = quality.diversity(features, list("aabbc"))
+        assert distance == pytest.approx(0.5)
+
+    def test_attributes_are_places_in_the_caption_or_the_caption(self):
+        columns = reader.attributes(["a b", "c d"])
+        assert columns == [["a", "c"], ["b", "d"]]
+        assert reader.attributes(["a b", "c"]) == [["a b", "c"]]
+        columns = reader.attributes(["x", "a b"], 2)
+        assert columns == [["", "a"], ["", "b"]]
+
+    def test_ink_and_slant_agree_with_all_captions_of_the_digits(self):
+        digits = captioned_digits()
+        captions = digits["y"].tolist()
+        x = torch.from_numpy(digits["x"])[:, None]
+        names = sorted(reader.DIGITS)
+        stub = SimpleNamespace(values=[[], [], names])
+        reader.Reader.fit_digits(stub, x, captions)
+        digits = [names.index(caption.split()[2]) for caption in captions]
+        read = reader.Reader.read_digits(stub, x, digits, captions)
+        assert [right.mean() for right in read.values()] == [1, 1, 1]
+        asked = reader.Reader.read_digits(stub, x[:1], digits[:1], ["zero slanted"])
+        assert asked["digit"].all() and asked["weight"].isnan().all()
+
+    def test_the_judge_reads_real_images_and_baselines_fail_where_they_should(self, judge):
+        real, replay, one = [judge.measure(*given) for given in judge.baselines(20).values()]
+        assert list(real["agreement"].values()) == [1.0, 1.0]
+        assert min(real["shuffled"].values()) < 0.9
+        assert real["nearest"] == 1 and replay["nearest"] < 1e-6
+        assert one["diversity"] == 0 and 0.5 < real["diversity"] < 1.5
+        far = judge.measure(bytes_of(20, 1, 8, 8), judge.captions_test)
+        same = judge.measure(judge.x, judge.captions)
+        assert far["fld"] > 10 and abs(same["fld"]) < 0.1
+
+    def test_quality_reads_files_and_refuses_in_one_line(self, data, judge, monkeypatch, tmp_path):
+        files = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
+        x, captions = judge.x[:9, 0].numpy(), judge.captions[:9]
+        np.savez(files[0], x=x, y=captions)
+        np.savez(files[1], x=x[:, :4], y=captions)
+        files[2].touch()
+        monkeypatch.setattr(quality, "Judge", lambda path: judge)
+        common = ["--data", str(data), "--out", str(tmp_path / "out.json")]
+        quality.main([str(files[0]), *common])
+        rows = report.read(tmp_path / "out.json")["rows"]
+        assert len(rows) == 4 and rows[str(files[0])]["nearest"] < 1e-6
+        assert "shape" in error_of(quality.main, [str(files[1]), *common])
+        assert "no samples" in error_of(quality.main, [str(files[2]), *common])
 
 
-def test_bytes_and_profile_of_a_call():
-    a, b = torch.zeros(64, 32), torch.zeros(32, 16)
-    needed = 4 * (64 * 32 + 32 * 16 + 64 * 16) / 1e6
-    assert throughput.megabytes(lambda: (a @ b).view(-1)) == pytest.approx(needed)
-    seen = throughput.profile(lambda: [a @ b for _ in range(10)], torch.device("cpu"), 60)
-    assert "aten::mm" in seen["shares"] and 0.9 < seen["idle"] < 1
+class Toy(nn.Module):
+    """A model of 4x4 images whose density is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def tokenize(self, captions):
+        return torch.zeros(len(captions), 1, dtype=torch.long)
+
+    def embed(self, ids):
+        return ids.float()
 
 
-@pytest.mark.parametrize("name", models.SCRIPTS)
-def test_evaluations_are_what_sampling_calls(name):
-    """Counted by a hook on the network that each image passes through."""
-    model = models.build(name, (1, 8, 8), 4, "cpu", width=32, embedding=16)
-    if name == "diffusion":  # guidance 1.5: one call with the batch twice counts twice
-        model.cfg = models.replace(model.cfg, sampler="heun", steps=3)
-    networks = {"vae": "decoder", "flow": "last", "gan": "generator", "diffusion": "net"}
-    networks |= {"vae-gan": "decoder", "flow-gan": "flow.last", "diffusion-gan": "net"}
-    networks["autoregressive"] = "norm"
-    network, rows = model.get_submodule(networks[name]), []
-    if name.startswith("flow"):
-        inverse = network.inverse
-        network.inverse = lambda *a: rows.append(len(a[0])) or inverse(*a)
-    else:
-        network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
-    call = throughput.sampler(model, 2)
-    call()
-    assert sum(rows) / 2 == models.evaluations(model)
+class Mixture(Toy):
+    """Each pixel is black with probability 1/4, else white; y has noise."""
+
+    noise = 0.3
+
+    def pixel_logits(self, y):
+        k = torch.arange(256)
+        log_prior = torch.full((256,), -torch.inf)
+        log_prior[[0, 255]] = torch.tensor([0.25, 0.75]).log()
+        distance = (y[..., None] - k / 127.5 + 1) / self.noise
+        return log_prior - distance**2 / 2
+
+    def forward(self, y, c):
+        log_p = self.pixel_logits(y).logsumexp(-1) - math.log(self.noise)
+        return torch.zeros_like(y), log_p.flatten(1).sum(1)  # the normal's constant is the same
 
 
-@pytest.mark.parametrize("name", models.SCRIPTS)
-def test_every_model_builds_and_samples_as_its_script_does(name):
-    model = models.build(name, (1, 8, 8), 4, "cpu", width=32, embedding=16)
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.1)
-    run = {"vocabulary": ["bright", "dark", "left", "right"]}
-    captions = models.cycle(["bright left", "dark"], 5)
-    x = models.samples(model, run, captions, 3)
-    assert x.shape == (5, 1, 8, 8) and x.dtype == torch.uint8
-    again = models.samples(model, run, captions, 3, batch=2)
-    assert (x.int() - again.int()).abs().float().mean() < 0.5
-    assert not torch.equal(x, models.samples(model, run, captions, 4))
+class Normal(Toy):
+    """x ~ N(0, sigma^2)."""
+
+    sigma = 0.3
+
+    def velocity(self, z, t, c):
+        variance = (1 - t) ** 2 * self.sigma**2 + t**2
+        return (t - (1 - t) * self.sigma**2) / variance * z
 
 
-def test_a_table_and_its_claims_from_nothing_but_models(judge, tmp_path):
-    from bench import __main__ as bench
-
-    loaded = {}
-    for name in ("vae", "flow", "diffusion", "vae-gan"):
-        options = {"steps": 2} if name == "diffusion" else {}
-        model = models.build(name, (1, 8, 8), 4, "cpu", width=32, embedding=16, **options)
-        loaded[name] = model, {"vocabulary": ["bright", "dark", "left", "right"], "k": 7}
-    rows = bench.Rows(tmp_path / "quality.json", torch.device("cpu"), print)
-    bench.quality(rows, judge, loaded, quick=True)
-    scores = rows.data["rows"]
-    guided = "diffusion dpm, 20, guidance 1.5"
-    assert {"vae", "flow", "vae-gan", "diffusion dpm, 4", guided, "real, held out"} <= scores.keys()
-    assert (scores[guided]["evaluations"], scores["diffusion dpm, 20"]["evaluations"]) == (40, 20)
-    assert scores[guided]["bits_per_dim"] is None
-    assert scores["diffusion dpm, 20"]["bits_per_dim"]["kind"] == "ODE estimate"
-    assert scores["flow"]["bits_per_dim"]["kind"] == "dequantized bound"
-    assert scores["vae"]["updates"] == 7 and scores["vae-gan"]["bits_per_dim"] is None
-    rates = {"vae": 1000.0, "diffusion dpm, 20": 10.0, "diffusion dpm, 4": 50.0}
-    truth = bench.Rows(tmp_path / "claims.json", torch.device("cpu"), print)
-    bench.all_claims(truth, judge, scores, rates, loaded, tmp_path)
-    verdicts = {name: row["verdict"] for name, row in truth.data["rows"].items()}
-    assert verdicts["exact"] == verdicts["many right images"] == "yes"
-    assert verdicts["hybrids"] in ("no", "in part", "yes")
-    assert verdicts["diffusion"] in ("in part", "yes")  # slow, whatever else
-    # the fresh head of a VAE says N(0, I) whatever the image; nothing tells a fresh flow to
-    assert (verdicts["code, vae"], verdicts["code, flow"]) == ("yes", "no")
-
-
-class TestAutoregressive:
-    def tiny(self):
+class TestLikelihood:
+    def test_a_bound_with_the_true_posterior_is_the_probability(self):
         torch.manual_seed(0)
-        cfg = autoregressive.Config(width=32, embedding=16, layers=2)
-        model = autoregressive.GPT(cfg, (2, 3, 3), 3).eval().requires_grad_(False)
-        torch.nn.init.normal_(model.head.weight, std=0.5)
-        return model
+        white = torch.rand(400, 1, 4, 4) < 0.75
+        result = likelihood.measure(Mixture(), 255 * white.byte(), [""] * 400)
+        share = white.float().mean().item()
+        truth = -share * math.log2(0.75) - (1 - share) * math.log2(0.25)
+        assert abs(result["bits_per_dim"] - truth) < 4 * result["standard_error"]
+        assert (result["kind"], result["n"]) == ("bound", 400)
 
-    def test_each_value_depends_on_those_before_alone(self):
-        model, c = self.tiny(), torch.randn(1, 16)
-        values = torch.randint(0, 256, (1, 18))
-        before = model.logits(values, c)
-        for i in (0, 7, 17):
-            other = values.clone()
-            other[0, i] = (other[0, i] + 100) % 256
-            same = (model.logits(other, c) == before).all(2)[0]
-            assert same[: i + 1].all() and not same[i + 1 :].any()
+    def test_the_density_of_a_whitened_flow_is_a_normals(self):
+        x = bytes_of(500, 1, 8, 8)
+        model = tiny("flow")
+        model.fit(x)
+        result = likelihood.measure(model, x, ["dark"] * 500)
+        variance = (2 / 255) ** 2 * (256**2 - 1) / 12 + model.noise**2
+        truth = 0.5 * math.log2(2 * math.pi * math.e * variance)
+        assert result["bits_per_dim_of_y"] == pytest.approx(truth, abs=0.1)
 
-    def test_cached_sampling_draws_from_the_model(self):
-        model, seeds = self.tiny(), torch.arange(3)
-        z, c = prior.normal(seeds, (2, 3, 3)), torch.randn(3, 16)
-        x = model.sample(z, c)
-        values = ((x + 1) * 127.5).round().long().flatten(1)
-        p = model.logits(values, c).softmax(2)
-        upper = p.cumsum(2).gather(2, values[..., None])[..., 0]
-        lower = upper - p.gather(2, values[..., None])[..., 0]
-        u = torch.special.ndtr(z.flatten(1))
-        assert (lower - 1e-5 <= u).all() and (u <= upper + 1e-5).all()
-        assert torch.equal(model.sample(model.encode(x, c), c), x)
+    def test_the_flow_of_probability_finds_a_normals_density(self):
+        torch.manual_seed(0)
+        sigma = Normal.sigma
+        x = sigma * torch.randn(100, 1, 4, 4).clamp(-3, 3)
+        x = (127.5 * (x + 1)).round().byte()
+        result = likelihood.measure(Normal(), x, [""] * 100)
+        density = torch.distributions.Normal(0.0, sigma).log_prob(x / 127.5 - 1)
+        truth = math.log2(127.5) - density.mean().item() / math.log(2)
+        assert result["bits_per_dim"] == pytest.approx(truth, abs=0.02)
+        assert result["kind"] == "ODE estimate"
 
-    def test_bits_are_the_cross_entropy_and_sum_to_one(self):
-        model, c = self.tiny(), torch.randn(256, 16)[:1].expand(256, -1)
-        x = torch.zeros(256, 2, 3, 3)
-        x.view(256, -1)[:, -1] = torch.arange(256) / 127.5 - 1  # all values of the last one
-        bits = model.bits_per_dim(x, c, None) * 18
-        first = model.nats(x, c)[0, :-1].sum() / np.log(2)
-        assert (2 ** -(bits - first)).sum().item() == pytest.approx(1, abs=1e-3)
-
-
-def test_tables_are_made_of_result_files(tmp_path):
-    spread = {"mean": 0.5, "std": 0.1}
-    row = {"agreement": {"digit": spread}, "bits_per_dim": None, "n": 20}
-    row |= {k: spread for k in "fld precision recall density coverage sharpness nearest".split()}
-    report.write(tmp_path / "quality.json", {"rows": {"vae": {**row, "diversity": spread}}})
-    assert "| vae | 50.0 ± 10.0% | 0.5 ± 0.1 |" in report.quality_table(tmp_path)
-    assert "a \\| b" in report.table(["head"], [["a | b"]])
-    assert report.read(tmp_path / "none.json") == {}
-    assert report.gpu_table(tmp_path).startswith("Not measured yet")
-    timed = {"name": "vae", "mode": "graph", "dtype": "bf16", "evaluations": 1, "latency": 1e-4}
-    timed |= {"images_per_s": 1e6, "gflops_per_image": 0.1, "parameters": 2e6, "bound": "memory"}
-    timed |= {"megabytes_per_image": 3.0, "share_of_ceiling": 0.4, "peak_memory_mb": 700.0}
-    (tmp_path / "gpu").mkdir()
-    card = {"device": "a card", "torch": "2.13"}
-    speed = {**card, "sampling": [timed], "training": None}
-    report.write(tmp_path / "gpu/throughput-vae.json", speed)
-    checked = {"compiled": {"mean": 0.001, "largest": 1.0, "right": True}}
-    report.write(tmp_path / "gpu/correct-vae.json", {**card, "rows": checked})
-    trained = {"training": {"seconds": 0.5}, "sampling": [timed]}
-    report.write(tmp_path / "gpu/training-vae.json", {**card, "rows": {"vae": trained}})
-    row |= {"diversity": spread, "updates": 40, "evaluations": 1, "parameters": 2e6}
-    report.write(tmp_path / "gpu/quality-vae.json", {**card, "rows": {"vae": row}})
-    assert "a card, torch 2.13:" in report.gpu_table(tmp_path)
-    line = "| vae | graph, bf16 | 1 | 1000000 | 0.1 | 0.100 | 3.0 | memory | 40% | 700 | 2.00 |"
-    assert line in report.gpu_table(tmp_path)
-    assert "| vae | compiled | 0.001 | 1.0 | yes |" in report.gpu_table(tmp_path)
-    assert report.gpu_table(tmp_path).endswith("| 0.50 ± 0.10 | - | 2.00 | 20 | 1 |")
-    report.write(tmp_path / "throughput.json", {"rows": {"vae": trained}})
-    report.write(tmp_path / "quality.json", {"rows": {"vae": row}})
-    assert report.quality_table(tmp_path).endswith("| - | 2.00 | 20 | 1 |")
-    found = {"modes": {"mean": 998.0, "std": 1.0}, "kl": {"mean": 0.1, "std": 0.01}}
-    report.write(tmp_path / "stacked.json", {"rows": {"gan": found}})
-    assert "| gan | 998 ± 1 | 0.100 ± 0.010 |" in report.stacked_table(tmp_path)
-    agreement = {"agreement": {"digit": spread, "weight": spread, "slant": spread}}
-    report.write(tmp_path / "unseen.json", {"rows": {"vae, left out": agreement}})
-    assert "| vae | left out | 50.0 ± 10.0% |" in report.unseen_table(tmp_path)
-    assert stats.norm.cdf(0) == 0.5
+    def test_importance_weights_find_the_integral_over_z(self, monkeypatch):
+        torch.manual_seed(0)
+        model = tiny("vae", latent=1)
+        x = bytes_of(3, 1, 8, 8)
+        monkeypatch.setattr(likelihood, "SAMPLES", 400)
+        result = likelihood.measure(model, x, ["dark"] * 3)
+        z, log_p = torch.linspace(-6, 6, 1201)[:, None], []
+        with torch.no_grad():
+            c = model.embed(model.tokenize(["dark"]))
+            location = model.decode(z, c.expand(len(z), -1))
+            for image in x / 127.5 - 1:
+                log_x = likelihood.log_logistic(image, location, model.log_scale)
+                joint = log_x.flatten(1).sum(1) + prior.log_prob(z)
+                log_p.append(joint.logsumexp(0) + math.log(0.01))
+        nats = -torch.stack(log_p).mean().item()
+        truth = nats / (64 * math.log(2))
+        assert result["bits_per_dim"] == pytest.approx(truth, abs=0.02)
+        assert likelihood.measure(tiny("gan"), x, ["dark"] * 3) is None
 
 
-def test_modes_of_stacked_digits(monkeypatch):
-    """Images whose three channels are real digits: as many modes as there are different triples."""
-    digits = quality.Judge(steps=200)
-    pick = (prior.uniform(torch.arange(1000), (3,)) * len(digits.x)).long()
-    x = digits.x[pick, 0]
-    names = [caption.split()[2] for caption in digits.captions]
-    truth = {tuple(names[i] for i in row) for row in pick.tolist()}
-    found = datasets.modes(digits, x)
-    assert abs(found["modes"] - len(truth)) < 0.05 * len(truth)
-    one = datasets.modes(digits, x[:1].expand(50, -1, -1, -1))
-    assert one["modes"] == 1 and one["kl"] == pytest.approx(np.log(1000))
+class TestModels:
+    def test_held_out_is_each_tenth_image_or_what_the_file_keeps(self, data, tmp_path):
+        x, captions = models.held_out(str(data))
+        whole = np.load(data)
+        assert np.array_equal(x[:, 0], whole["x"][::10])
+        assert captions == whole["y"][::10].tolist()
+        test = {"x_test": whole["x"][:3], "y_test": ["dark blue left", "", "bright"]}
+        np.savez(tmp_path / "a.npz", x=whole["x"], y=whole["y"], **test)
+        x, captions = models.held_out(str(tmp_path / "a.npz"))
+        assert len(x) == 3 and captions == ["dark left", "", "bright"]
+        test["y_test"] = ["dark"]
+        np.savez(tmp_path / "b.npz", x=whole["x"], y=whole["y"], **test)
+        assert "b.npz" in error_of(models.held_out, str(tmp_path / "b.npz"))
+
+    def test_evaluations_are_counted(self):
+        counts = {}
+        for name in models.MODELS:
+            for label, options in models.settings(name).items():
+                counts[label] = models.cost(tiny(name), **options)[0]
+        assert counts["vae"] == counts["gan"] == counts["vae-gan"] == 1
+        assert (counts["flow"], counts["flow, guidance 1"]) == (2, 1)
+        assert (counts["diffusion"], counts["diffusion, guidance 1"]) == (40, 20)
+        assert (counts["diffusion, 4 steps"], counts["diffusion-gan"]) == (8, 4)
+
+    def test_images_are_drawn_as_the_script_draws_them(self, run):
+        model, checkpoint = models.load(run.folder)
+        assert checkpoint["name"] == run.name
+        samples = np.load(run.folder / "samples.npz")
+        captions = samples["y"].tolist()
+        x = models.draw(model, captions, 0)
+        assert np.array_equal(x.permute(0, 2, 3, 1), samples["x"])
+        assert not torch.equal(x, models.draw(model, captions, 1))
+
+    def test_what_is_no_run_is_refused_and_flags_are_the_scripts(self, tmp_path):
+        assert "no run" in error_of(models.load, tmp_path)
+        torch.save({"script": "os"}, tmp_path / "checkpoint.pt")
+        assert "no run" in error_of(models.load, tmp_path)
+
+        flags = models.flags("flow-gan", "--batch-size", "7")
+        assert (flags.batch_size, flags.model) == (7, "flow-gan")
 
 
-def test_data_of_stacked_and_unseen_captions():
-    data = datasets.stacked(50)
-    assert data["x"].shape == (50, 28, 28, 3) and set(data["y"]) == {""}
-    data = datasets.unseen()
-    assert not set(datasets.UNSEEN) & set(data["y"])
-    assert set(datasets.UNSEEN) < set(data["y_test"])
-    assert len(set(data["y"])) == 37 and len(data["x"]) == len(data["y"]) < 4500
+class TestExplore:
+    def test_a_run_of_each_model_gets_its_pictures(self, run, data, capsys):
+        argv = f"{run.folder} --data {data} --images 4 --device cpu"
+        explore.main(argv.split())
+        last = json.loads(capsys.readouterr().out.splitlines()[-1])
+        kinds = {"vae": "importance-weighted bound", "diffusion": "ODE estimate", "flow": "bound"}
+        kinds["flow-gan"] = kinds["flow"]
+        assert last["model"] == run.name
+        assert last.get("kind") == kinds.get(run.name)
+        assert ("bits_per_dim" in last) == ("standard_error" in last) == (run.name in kinds)
+        pictures = {path.stem for path in run.folder.glob("*.png")}
+        wanted = {"samples", "interpolation", "path", "loss"}
+        if hasattr(models.network(run.name), "encode"):
+            wanted.add("reconstruction")
+        assert pictures == wanted
+
+    def test_paths_end_in_the_sample(self):
+        for name, show in (("diffusion", explore.steps), ("flow", explore.layers)):
+            model = tiny(name)
+            for p in model.parameters():
+                nn.init.normal_(p, std=0.2)
+            z = prior.sample(2, 1, 8, 8, seed=0)
+            c = model.embed(model.tokenize(["dark", "left"]))
+            frames = show(model, z, c)
+            sample = model.sample(z, c)
+            assert len(frames) == (20 if name == "diffusion" else len(model.couplings) + 1)
+            assert torch.allclose(frames[-1].clamp(-1, 1), sample, atol=1e-5)
+            assert not torch.allclose(frames[0], sample, atol=1e-3)
+
+    def test_other_data_than_the_runs_is_refused(self, tmp_path):
+        model = tiny("vae")
+        run = {"script": "vae", "args": model.args, "ema": model.state_dict()}
+        torch.save(run, tmp_path / "checkpoint.pt")
+        assert "--data" in error_of(explore.main, [str(tmp_path), "--device", "cpu"])
 
 
-@pytest.mark.parametrize("part", ["speed", "correct", "flow"])
-def test_gpu_parts_run_at_tiny_size(part, data, tmp_path):
-    out = tmp_path / "results"
-    env = {**os.environ, "TINY": "1", "DATA": str(data), "CUDA_VISIBLE_DEVICES": ""}
-    call = ["bash", "bench/gpu.sh", part, str(out)]
-    subprocess.run(call, cwd=report.ROOT, env=env, check=True, capture_output=True)
-    files = {path.name for path in out.iterdir()}
-    if part == "speed":
-        assert files == {"throughput-flow.json", "throughput-autoregressive.json"}
-        for name in files:
-            rows = json.loads((out / name).read_text())["sampling"]
-            assert rows and all(row["images_per_s"] > 0 for row in rows)
-    elif part == "correct":
-        assert files == {"correct-flow.json"}
-        rows = json.loads((out / "correct-flow.json").read_text())["rows"]
-        assert rows.keys() == {"compiled", "there and back"}
-        assert all(row["right"] for row in rows.values())
-    else:
-        assert files == {"quality-flow.json", "training-flow.json", "samples-flow.png"}
-        row = json.loads((out / "quality-flow.json").read_text())["rows"]["flow"]
-        assert row["updates"] == 20 and row["bits_per_dim"]["kind"] == "dequantized bound"
+class TestBenchmark:
+    def test_an_interrupted_call_goes_on(self, monkeypatch, data, tmp_path, capsys):
+        calls = []
+        measure, real = likelihood.measure, quality.Judge.measure
 
+        def counted(*given):
+            calls.append(0)
+            return real(*given)
 
-def test_a_wrong_fast_way_is_seen(monkeypatch):
-    model = models.build("vae", (1, 8, 8), 4, "cpu", width=32, embedding=16)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    run, script = {"vocabulary": ["bright"], "captions": ["bright"]}, models.script("vae")
-    monkeypatch.setattr(script, "compile_parts", lambda model: None)
-    assert all(row["right"] for row in correct.check(model, run, 4).values())
-    monkeypatch.setattr(script, "compile_parts", lambda model: model.decoder.head.weight.mul_(2))
-    rows = correct.check(model, run, 4)
-    assert not rows["compiled"]["right"] and not rows["compiled bf16"]["right"]
-    assert rows["bf16"]["right"]
-
-
-def test_an_interrupted_call_goes_on(monkeypatch, data, tmp_path):
-    from bench import __main__ as bench
-
-    monkeypatch.setattr(bench, "QUICK_SECONDS", 0.1)
-    call = ["--quick", "--models", "vae", "--runs", str(tmp_path), "--device", "cpu"]
-    with monkeypatch.context() as patch:
-        patch.setattr(bench, "quality", lambda *given: 1 / 0)
+        monkeypatch.setattr(bench, "Judge", lambda path: quality.Judge(path, 20, 16))
+        monkeypatch.setattr(quality.Judge, "measure", counted)
+        sizes = "--quick --models vae flow --width 8 --batch-size 8 --train-steps 16".split()
+        argv = [*sizes, "--device", "cpu", "--runs", str(tmp_path), "--data", str(data)]
+        monkeypatch.setattr(likelihood, "measure", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            bench.main([*call, "--data", str(data)])
-    paths = [tmp_path / name for name in ("results/throughput.json", "vae/checkpoint.pt")]
-    before = [path.stat().st_mtime_ns for path in paths]
-    bench.main([*call, "--data", str(data)])
-    assert before == [path.stat().st_mtime_ns for path in paths]
-    files = {path.name for path in (tmp_path / "results").iterdir()}
-    assert files == {"throughput.json", "quality.json", "samples.png", "quality_speed.png"}
-    with pytest.raises(SystemExit):  # its figures are of other data
-        bench.main(call)
+            bench.main(argv)
+        assert len(calls) == 3 + 3  # baselines, and the first model at three seeds
+        checkpoints = [tmp_path / name / "checkpoint.pt" for name in ("vae", "flow")]
+        before = [path.stat().st_mtime_ns for path in checkpoints]
+        monkeypatch.setattr(likelihood, "measure", measure)
+        bench.main(argv)
+        bench.main(argv)
+        assert len(calls) == 6 + 9  # vae again, flow with its guidance and without
+        assert before == [path.stat().st_mtime_ns for path in checkpoints]
+        out = tmp_path / "results"
+        results = report.read(out / "quality.json")
+        rows = results["rows"]
+        assert list(rows)[3:] == ["vae", "flow", "flow, guidance 1"]
+        assert rows["vae"]["updates"] == 2 and rows["vae"]["bits_per_dim"]["n"] == 20
+        assert rows["flow"]["fld"]["std"] > 0
+        assert rows["flow"]["seeds"] == [0, 1, 2]
+        assert (out / "samples.png").exists()
+        assert "| [vae](vae.py) | 1 | - |" in capsys.readouterr().out
+        report.write(out / "quality.json", {**results, "device": "another"})
+        assert "another" in error_of(bench.main, argv)
+
+    def test_speed_is_timed_and_its_table_is_made(self, tmp_path):
+        """Through gpu.sh, which hands its options on to pytest."""
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+        wanted = "vae and one and not vae-gan or flow-gan and training"
+        options = ["--quick", "--width", "8", "-k", wanted]
+        call = ["bash", "bench/gpu.sh", "speed", str(tmp_path), *options]
+        subprocess.run(call, cwd=report.ROOT, env=env, check=True, capture_output=True)
+        speed = report.read(tmp_path / "speed.json")
+        assert report.rates(speed).keys() == {"vae"}
+        (row,) = report.measured(speed, "training")
+        assert row["label"] == "flow-gan" and row["images_per_s"] == row["batch"] / row["seconds"]
+        assert "| vae | eager | 1 | 1 |" in report.speed_table(speed)
+        assert "| flow-gan | eager | 128 |" in report.training_table(speed)
+        assert torch.__version__ in report.where(speed)
+
+    def test_tables_go_between_the_markers_of_a_page(self, tmp_path, monkeypatch):
+        spread = {"mean": 0.5, "std": 0.1}
+        agreement = {"digit": spread, "slant": {"mean": 0.9, "std": 0.1}}
+        row = {"agreement": agreement, "n": 20}
+        row |= {figure: spread for figure in ("fld", *report.FIGURES)}
+        bits = {"bits_per_dim": 1.234, "kind": "bound", "standard_error": 0.1}
+        flow = {**row, "seeds": [0], "evaluations": 2, "updates": 9, "bits_per_dim": bits}
+        rows = {"real, held out": row, "flow": flow, "flow, guidance 1": {**flow, "evaluations": 1}}
+        (tmp_path / "bench/results/fashion").mkdir(parents=True)
+        for folder in ("bench/results", "bench/results/fashion"):
+            here = {"device": "a card", "torch": "2.13", "commit": "abc"}
+            report.write(tmp_path / folder / "quality.json", {**here, "rows": rows})
+        note = {"task": "sampling", "label": "flow", "mode": "eager", "images_per_s": 1234.5}
+        note |= {"batch": 16, "seconds": 0.0123, "evaluations": 2, "gflop_per_image": 0.04}
+        slower = {**note, "batch": 1, "images_per_s": 90.0}
+        notes = [{"extra_info": slower}, {"extra_info": note}]
+        report.write(tmp_path / "bench/results/speed.json", {"benchmarks": notes})
+        (tmp_path / "README.md").write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
+        monkeypatch.setattr(report, "ROOT", tmp_path)
+        monkeypatch.setattr(report, "RESULTS", tmp_path / "bench/results")
+        report.main()
+        readme = (tmp_path / "README.md").read_text()
+        lines = len((models.ROOT / "flow.py").read_text().splitlines())
+        cells = f"| [flow](flow.py) | 2 | 1,234 | 0.5 ± 0.1 | 70% | 1.23 (bound) | {lines} |"
+        assert readme.startswith("above\n<!-- table -->\n| model |") and "old" not in readme
+        assert cells in readme and readme.endswith("|\n<!-- /table -->\nbelow\n")
+        page = (tmp_path / "bench/RESULTS.md").read_text()
+        assert "## Quality, fashion" in page and "| flow, guidance 1 | 50.0 ± 10.0% |" in page
+        assert "| flow | eager | 16 | 2 | 1,234 | 12.3 | 0.040 | - |" in page
+        assert "Measured on a card with torch 2.13" in page and "commit abc" in page
+        assert (tmp_path / "bench/results/quality_speed.png").exists()
+        assert "a \\| b" in report.table(["head"], [["a | b"]])
+        assert report.read(tmp_path / "none.json") == {}
+
+
+class TestDatasets:
+    def test_stacked_and_unseen(self):
+        data = datasets.stacked(50)
+        assert (data["x"].shape, set(data["y"])) == ((50, 28, 28, 3), {""})
+        data = datasets.unseen()
+        assert set(data["y_test"]) - set(data["y"]) == set(datasets.UNSEEN)
+        assert len(data["x"]) == len(data["y"]) < 4500
+
+    def test_modes_of_stacked_digits(self):
+        """Read by a stub for which a digit is the first pixel."""
+        names = sorted(reader.DIGITS)
+        first = SimpleNamespace(values=[[], [], names])
+        first.features = lambda x: x[:, 0, 0, 0].long()
+        first.classify = lambda features: [None, None, features]
+        x = bytes_of(5000, 3, 2, 2, top=10)
+        found = datasets.modes(first, x)
+        assert found["modes"] == len(x[:, :, 0, 0].unique(dim=0))
+        assert 0 < found["kl"] < 0.2
+        one = datasets.modes(first, x[:1].repeat(50, 1, 1, 1))
+        assert (one["modes"], one["kl"]) == (1, pytest.approx(math.log(1000)))

@@ -10,17 +10,19 @@ from bench import pack
 
 
 def refused(capsys, *argv):
-    """The one line that pack ends with when it refuses argv."""
+    """The one line that pack ends with when it refuses argv, after argparse's usage if it does."""
     with pytest.raises(SystemExit) as stop:
         pack.main([str(a) for a in argv])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0]
+    text = capsys.readouterr().err if stop.value.code == 2 else stop.value.code
+    line = text.strip().splitlines()[-1]
+    assert line.startswith("bench.pack: ") or "error: " in line
+    return line
 
 
 def picture(path, mode="L", size=(10, 6), value=100):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, value if mode == "L" else (value, 0, 255)).save(path)
+    colour = value if mode == "L" else (value, 0, 255)
+    Image.new(mode, size, colour).save(path)
 
 
 def test_images_become_crops_with_the_captions_beside_them(tmp_path):
@@ -31,25 +33,19 @@ def test_images_become_crops_with_the_captions_beside_them(tmp_path):
     left_black[:, 8:16] = 255  # the centre square alone is white
     Image.fromarray(left_black).save(tmp_path / "in" / "c.png")
     pack.main([str(tmp_path / "in"), str(tmp_path / "out.npz"), "--size", "8"])
-    with np.load(tmp_path / "out.npz", allow_pickle=False) as data:
-        assert data["x"].shape == (3, 8, 8) and data["x"].dtype == np.uint8
-        assert data["y"].tolist() == ["a small fox", "", "red fox"]
-        assert (data["x"][0] == 100).all() and (data["x"][1] == 255).all()
-
-
-def test_one_colour_image_makes_all_rgb(tmp_path):
-    picture(tmp_path / "in" / "a" / "1.png")
-    picture(tmp_path / "in" / "b" / "2.jpg", "RGB")
-    pack.main([str(tmp_path / "in"), str(tmp_path / "out.npz")])
-    with np.load(tmp_path / "out.npz", allow_pickle=False) as data:
-        assert data["x"].shape == (2, 32, 32, 3) and data["y"].tolist() == ["a", "b"]
+    data = np.load(tmp_path / "out.npz")
+    assert (data["x"].shape, data["x"].dtype) == ((3, 8, 8), np.uint8)
+    assert data["y"].tolist() == ["a small fox", "", "red fox"]
+    assert set(data["x"][0].flat) == {100} and set(data["x"][1].flat) == {255}
+    picture(tmp_path / "in" / "red_fox" / "b.jpg", "RGB")  # one in colour: then all are
+    pack.main([str(tmp_path / "in"), str(tmp_path / "more.npz")])
+    assert np.load(tmp_path / "more.npz")["x"].shape == (4, 32, 32, 3)
 
 
 def write_idx(path, array):
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wb") as file:
-        file.write(header + array.tobytes())
+    shape = np.array(array.shape, ">u4").tobytes()
+    data = bytes([0, 0, 8, array.ndim]) + shape + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
 def mnist_folder(folder, n_labels=6):
@@ -65,10 +61,10 @@ def mnist_folder(folder, n_labels=6):
 def test_mnist_files_keep_pixels_labels_and_test_set(tmp_path):
     x, y = mnist_folder(tmp_path)
     pack.main([str(tmp_path), str(tmp_path / "out.npz"), "--names", "shirt, shoe,ankle boot"])
-    with np.load(tmp_path / "out.npz", allow_pickle=False) as data:
-        assert np.array_equal(data["x"], x) and np.array_equal(data["x_test"], x[:2])
-        assert data["y"].tolist() == ["shirt", "shoe", "ankle boot"] * 2
-        assert data["y_test"].tolist() == ["shirt", "shoe"]
+    data = np.load(tmp_path / "out.npz")
+    assert np.array_equal(data["x"], x) and np.array_equal(data["x_test"], x[:2])
+    assert data["y"].tolist() == ["shirt", "shoe", "ankle boot"] * 2
+    assert data["y_test"].tolist() == ["shirt", "shoe"]
 
 
 def test_refusals(tmp_path, capsys):

@@ -1,279 +1,251 @@
-"""Runs: training learns, resumes to the bit, survives signals, shares its batch among ranks."""
+"""Runs of each model: killed and resumed, on two ranks, alone in a folder, and what is refused."""
 
 import json
 import os
-import signal
+import random
+import shutil
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, ROOT, script_of
+from child import finish, start, succeed
+from conftest import HYBRIDS, MODELS, ROOT, checkpoint, close, module_of, path_of, refusal, tiny
 
 import prior
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-TRAIN = ["--train", "--train-steps", "7", "--checkpoint-every", "2", "--log-every", "3"]
-
-# dies by SIGKILL at a moment: in an update, half-way through the second checkpoint's file,
-# before its rename, or after it
-DRIVER = """
-import io, os, signal, sys, torch
-import {name} as script
-moment, calls = sys.argv[1], {{"save": 0, "replace": 0}}
-real_save, real_replace, real_step = torch.save, os.replace, script.step
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def save(value, file):
-    calls["save"] += 1
-    if moment == "half" and calls["save"] == 2:
-        buffer = io.BytesIO()
-        real_save(value, buffer)
-        file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-        file.flush()
-        die()
-    real_save(value, file)
-
-def replace(a, b):
-    calls["replace"] += 1
-    if moment == "before" and calls["replace"] == 2:
-        die()
-    real_replace(a, b)
-    if moment == "after" and calls["replace"] == 2:
-        die()
-
-def step(model, ema, optimizers, x, words, seeds, k, cfg):
-    if moment == "update" and k == 5:
-        die()
-    return real_step(model, ema, optimizers, x, words, seeds, k, cfg)
-
-torch.save, os.replace, script.step = save, replace, step
-script.main(sys.argv[2:])
-"""
-
-
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+every_model = pytest.mark.parametrize("model", MODELS)
 
 
 def equal(a, b):
-    """Are two trees of tensors, dicts and lists equal to the bit?"""
+    """Whether two trees of tensors, dicts and lists are equal to the bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
+    if isinstance(a, list):
         return len(a) == len(b) and all(map(equal, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def assert_same_run(folder, other):
-    a, b = checkpoint(folder), checkpoint(other)
-    for key in ("k", "model", "ema", "optimizers", "captions", "vocabulary", "metrics_length"):
-        assert equal(a[key], b[key]), key
-    assert (folder / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+def logged(run):
+    """What log.jsonl says of each update. The last line of an update counts."""
+    lines = (run / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["update"]: row for row in rows}
 
 
-def test_resume_after_sigkill_is_bit_equal(model, script, run, data, tmp_path):
-    run(*TRAIN, "--out", tmp_path / "whole")
-    tiny = [*FLAGS[model], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
-    killed = {}
-    for moment in ("update", "half", "before", "after"):
-        argv = [moment, *tiny, *TRAIN, "--out", str(tmp_path / moment)]
-        code = DRIVER.format(name=script.NAME)
-        killed[moment] = subprocess.Popen(
-            [sys.executable, "-c", code, *argv], cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL
-        )
-    for moment, process in killed.items():
-        assert process.wait() == -signal.SIGKILL
-        assert checkpoint(tmp_path / moment)["k"] == (4 if moment in ("after", "update") else 2)
-        run(*TRAIN, "--out", tmp_path / moment, "--resume")
-        assert_same_run(tmp_path / moment, tmp_path / "whole")
+@every_model
+def test_a_script_and_prior_alone_are_killed_and_resumed_and_end_bit_equal(model, data, tmp_path):
+    """It dies half-way through a checkpoint, before one is renamed, and at some random moment."""
+    script = Path(shutil.copy(path_of(model), tmp_path))
+    shutil.copy(ROOT / "prior.py", tmp_path)
+    flags = [*tiny(model, data), "--train", "--train-steps", "8", "--checkpoint-every", "2"]
+    began = time.time()
+    succeed(script, [*flags, "--out", "whole"], tmp_path)
+    seconds = time.time() - began
+
+    whole, cut = tmp_path / "whole", tmp_path / "runs" / model
+    for hook in ("die_half_way_through_the_file", "die_before_the_rename"):
+        process = start(script, flags, tmp_path, hook=hook)
+        assert finish(process) == -9
+        assert checkpoint(cut)["update"] == 2
+        flags += ["--resume"]
+    process = start(script, flags, tmp_path)
+    process.join(random.uniform(0, seconds))
+    process.kill()
+    process.join()
+    succeed(script, flags, tmp_path)
+
+    truth, resumed = checkpoint(whole), checkpoint(cut)
+    assert truth["update"] == 8
+    for key in truth:
+        assert equal(truth[key], resumed[key]), key
+    assert logged(whole) == logged(cut)
+    (cut / "samples.png").unlink()
+    which = ["--model", model] if model in HYBRIDS else []
+    succeed(script, [*which, "--sample", "--device", "cpu", "--images", "1"], tmp_path)
+    files = sorted(file.name for file in cut.iterdir())
+    assert files == ["checkpoint.pt", "log.jsonl", "samples.png"]
 
 
-def test_sigterm_leaves_a_checkpoint_that_resumes_to_the_same_end(model, run, data, tmp_path):
-    flags = ["--train", "--train-steps", "200", "--log-every", "5", "--checkpoint-every", "1000"]
-    tiny = [*FLAGS[model], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, f"{script_of(model)}.py", *tiny, *flags, "--out", str(tmp_path / "cut")],
-        cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    # a first line can only be there once the loop runs: it is written with the checkpoint
-    log = tmp_path / "cut" / "metrics.jsonl"
-    while process.poll() is None and not log.exists():
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--resume" in out
-    cut = checkpoint(tmp_path / "cut")
-    assert 0 < cut["k"] < 200
-    run(*flags, "--out", tmp_path / "whole")
-    run(*flags, "--out", tmp_path / "cut", "--resume")
-    whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
-    for key in ("model", "ema", "optimizers"):
-        assert equal(whole[key], cut[key])
+@every_model
+def test_two_ranks_have_equal_weights_and_the_mean_of_their_gradients(model, data, tmp_path):
+    """Each rank's own gradient is that of a process alone which draws what the rank draws."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    processes, runs = [], ("0-of-1", "1-of-1", "0-of-2", "1-of-2")
+    for run in runs:
+        rank, ranks = run[0], run[-1]
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        argv = [*tiny(model, data), "--train", "--train-steps", "2", "--out", run]
+        argv += ["--batch-size", 4 * int(ranks)]
+        processes.append(start(path_of(model), argv, tmp_path, env, "record"))
+    codes = [finish(process) for process in processes]
+    assert codes == [0] * 4, (tmp_path / "output").read_text()
+
+    first, second, one, two = (torch.load(tmp_path / f"steps-{run}.pt") for run in runs)
+    assert equal([list(step) for step in one], [list(step) for step in two])
+    weights, gradients = one[0]
+    assert equal(weights, first[0][0])
+    assert not equal(first[0][1], second[0][1])
+    for a, b, mean in zip(first[0][1], second[0][1], gradients, strict=True):
+        largest = mean.abs().max().item()
+        assert close(mean, (a + b) / 2, 0, 1e-6 + 1e-4 * largest)
+    assert sum(mean.any().item() for mean in gradients) > 0.9 * len(gradients)
+    assert checkpoint(tmp_path / "0-of-2")["update"] == 2
 
 
-RANKS = """
-import sys, torch
-import {name} as script
-real, models = script.build, []
-
-def build(*args):
-    models.append(real(*args))
-    with torch.no_grad():  # layers that start at zero would hide the gradients behind them
-        for p in models[-1].parameters():
-            p += 0.02 * torch.randn_like(p)
-    return models[-1]
-
-script.build = build
-script.main(sys.argv[2:])
-if script.RANK == 0:
-    torch.save([p.grad for p in models[0].parameters()], sys.argv[1])
-"""
+def test_torchrun_trains_and_draws_as_many_images_as_asked(data, tmp_path):
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    call += [ROOT / "diffusion.py", *tiny("diffusion", data), "--train", "--train-steps", "2"]
+    call += ["--images", "8", "--npz", tmp_path / "a.npz", "--out", tmp_path / "run"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    samples = np.load(tmp_path / "a.npz")
+    assert samples["x"].shape == (8, 8, 8, 1)
+    assert len(set(samples["y"])) == 4  # the captions of the data
 
 
-def test_two_ranks_give_one_process_gradients(model, data, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(RANKS.format(name=script_of(model)))
-    tiny = [*FLAGS[model], "--data", str(data), "--batch-size", "8", "--device", "cpu"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    grads, runs = {}, {}
-    for ranks, launch in ((1, []), (2, launcher)):
-        # at a rate of zero: Adam without momentum would amplify what rounding has left
-        train = ["--train", "--train-steps", "2", "--lr", "0", "--out", str(tmp_path / str(ranks))]
-        argv = [str(tmp_path / f"{ranks}.pt"), *tiny, *train]
-        quiet = {"env": ENV, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        runs[ranks] = subprocess.Popen([sys.executable, *launch, str(driver), *argv], **quiet)
-    for ranks, process in runs.items():
-        assert process.wait() == 0
-        grads[ranks] = torch.load(tmp_path / f"{ranks}.pt")
-    assert all(g.abs().max() > 0 for g in grads[1] if g is not None and g.ndim > 1)
-    for one, two in zip(grads[1], grads[2]):
-        assert (one - two).abs().max() < 1e-6 + 1e-3 * one.abs().max()
-    assert checkpoint(tmp_path / "1")["k"] == checkpoint(tmp_path / "2")["k"] == 2
+def test_an_import_defines_and_does_nothing(tmp_path):
+    code = "import torch; state = torch.get_rng_state(); "
+    code += "import vae, gan, diffusion, flow, hybrids; "
+    code += "assert torch.equal(torch.get_rng_state(), state)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-c", code]
+    done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_training_overfits_one_batch_and_the_caption_matters(model, script, data):
-    module = script
-    x, captions, _, _ = module.load_data(str(data))
-    x, words = x[:4] / 127.5 - 1, module.to_words(captions[:4], ["bright", "dark", "left", "right"])
-    argv = dict(zip(FLAGS[model][::2], FLAGS[model][1::2]))
-    options = {key[2:]: int(value) if value.isdigit() else value for key, value in argv.items()}
-    cfg = module.Config(**options, train_steps=300, dropout=0.0, lr=1e-2)
-    torch.manual_seed(0)
-    network = module.build(cfg, x.shape[1:], 4)
-    optimizers = module.make_optimizers(network, cfg)
-    for optimizer in optimizers:
-        optimizer.found_inf = torch.zeros(())
-    ema = module.copy.deepcopy(network).requires_grad_(False)
-    losses = []
-    for k in range(cfg.train_steps):
-        seeds = prior.fold_in(prior.fold_in(0, k), torch.arange(4))
-        losses.append(module.step(network, ema, optimizers, x, words, seeds, k, cfg)["loss"].item())
-    if model == "diffusion-gan":
-        pytest.skip("300 updates are too few for its four steps to obey a caption")
-    if "gan" not in model:  # its loss is a game: it need not fall
-        assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
-    z = prior.normal(torch.tensor([7]), network.latent_shape)
-    seeds = torch.tensor([7])
-    with torch.no_grad():
-        left, right = (
-            ema.sample(
-                z, ema.embed(module.to_words([text], ["bright", "dark", "left", "right"])), seeds
-            )
-            for text in ("bright left", "bright right")
-        )
-    assert left[..., :4].mean() > left[..., 4:].mean()
-    assert right[..., :4].mean() < right[..., 4:].mean()
+def call(model, *flags):
+    """Runs a model's script in this process."""
+    which = ["--model", model] if model in HYBRIDS else []
+    module_of(model).main([str(flag) for flag in [*which, *flags]])
 
 
-def test_training_runs_in_bf16(model, script, run, monkeypatch):
-    """As on CUDA: what must not be in bf16 turns it off, and gets no number that is."""
-    monkeypatch.setattr(script, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-    run("--train", "--train-steps", "2")
-    assert checkpoint(run.out)["k"] == 2
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """finished(model) is the folder of a finished run, which was trained once."""
+    folder = tmp_path_factory.mktemp("finished")
+
+    def run(model):
+        if not (folder / model).exists():
+            flags = [*tiny(model, data), "--train", "--train-steps", "2"]
+            call(model, *flags, "--out", folder / model)
+        return folder / model
+
+    return run
 
 
-@pytest.mark.parametrize("model", ["gan", "flow", "vae-gan", "flow-gan"], indirect=True)
-def test_compiled_parts_train_and_sample(model, run, monkeypatch):
-    """Gradient penalties are second derivatives, which compiled functions have none of; a flow is
-    called both ways."""
-    compiled, compile = [], torch.nn.Module.compile
-
-    def light(self):
-        compiled.append(self)
-        compile(self, backend="aot_eager")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", light)
-    run("--train", "--train-steps", "2", "--compile")
-    assert checkpoint(run.out)["k"] == 2
-    assert not any(isinstance(part, torch.nn.ModuleList) for part in compiled)
-    if "flow" in model:
-        assert sum(type(part).__name__ in ("Local", "Dense") for part in compiled) == 6
+@pytest.fixture
+def copied(finished, tmp_path):
+    """copied(model) is a copy of that folder, which a test may change."""
+    return lambda model: Path(shutil.copytree(finished(model), tmp_path / "copy"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(
-    script, run, refused, monkeypatch
+def content(run):
+    return {file.name: file.read_bytes() for file in run.iterdir()}
+
+
+@every_model
+def test_a_checkpoint_rebuilds_its_model(model, finished):
+    network, kept = module_of(model).load(finished(model))
+    assert kept["script"] == path_of(model).stem
+    assert len(kept["captions"]) == 36
+    assert equal(dict(network.state_dict()), dict(kept["ema"]))
+    assert not equal(dict(kept["model"]), dict(kept["ema"]))
+    assert kept["args"].items() <= network.args.items()
+    assert type(network)(**network.args).args == network.args
+
+    c = network.embed(network.tokenize(["bright left", "", "dark right"]))
+    z = prior.sample(3, *network.latent_shape)
+    x = network.sample(z, c)
+    assert x.shape == (3, 1, 8, 8)
+    assert x.abs().max() <= 1
+    if model not in ("gan", "diffusion-gan"):
+        assert network.encode(x, c).shape == z.shape
+    loss, log = network.loss(x, c)
+    row = logged(finished(model))[2]
+    assert loss.shape == ()
+    assert log.keys() <= row.keys()
+
+
+@every_model
+def test_resume_of_a_finished_run_draws_it_and_trains_nothing(model, copied, data):
+    """The model is that of the checkpoint, whatever --model says."""
+    run = copied(model)
+    (run / "samples.png").unlink()
+    before = content(run)
+    other = HYBRIDS[HYBRIDS.index(model) - 1] if model in HYBRIDS else model
+    flags = [*tiny(other, data), "--out", run, "--train-steps", "2"]
+    call(other, *flags, "--train", "--resume")
+    after = content(run)
+    assert len(after.pop("samples.png")) > 1000
+    assert after == before
+
+
+class Payload:
+    """Unpickled, it would open a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@every_model
+def test_what_is_no_run_of_the_script_is_refused_and_left_alone(model, finished, data, tmp_path):
+    other = finished("gan" if model == "vae" else "vae") / "checkpoint.pt"
+    good = (finished(model) / "checkpoint.pt").read_bytes()
+    code = {**checkpoint(finished(model)), "captions": Payload(str(tmp_path / "ran"))}
+    torch.save(code, tmp_path / "code")
+    run = tmp_path / "run"
+    flags = [*tiny(model, data), "--out", run, "--train-steps", "4"]
+    for broken in (None, good[:-999], other.read_bytes(), (tmp_path / "code").read_bytes()):
+        if broken:
+            run.mkdir(exist_ok=True)
+            (run / "checkpoint.pt").write_bytes(broken)
+        for verbs in (["--sample"], ["--train", "--resume"]):
+            assert str(run) in refusal(call, model, *flags, *verbs)
+        assert run.exists() == bool(broken)
+        assert not broken or content(run) == {"checkpoint.pt": broken}
+    assert not (tmp_path / "ran").exists()
+
+
+@every_model
+def test_wrong_flags_are_refused_with_one_line_before_any_work(
+    model, copied, data, tmp_path, capsys
 ):
-    real, models = script.step, []
-
-    def step(model, ema, optimizers, x, words, seeds, k, cfg):
-        models.append(model)
-        x = x * float("nan") if k == 4 else x
-        return real(model, ema, optimizers, x, words, seeds, k, cfg)
-
-    monkeypatch.setattr(script, "step", step)
-    line = refused("--train", "--train-steps", "9", "--checkpoint-every", "4", "--log-every", "100")
-    assert "nan at update 5" in line
-    kept = checkpoint(run.out)
-    assert kept["k"] == 4
-    # updates 5 to 8 were no-ops on the device; nothing was read in between
-    assert equal(kept["model"], models[0].state_dict())
-    lines = (run.out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [4]
-
-
-def test_the_run_folder(script, run, capsys):
-    run("--train", "--train-steps", "5", "--log-every", "2", "--checkpoint-every", "3")
-    files = {path.name for path in run.out.iterdir()}
-    assert files == {"config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "loss.png"}
-    assert json.loads((run.out / "config.json").read_text())["train_steps"] == 5
-    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 3, 4, 5] and "loss" in rows[0]
-    before = checkpoint(run.out)
-    (run.out / "samples.png").unlink()
-    run("--train", "--resume")  # a finished run: redrawn, not trained
-    assert (run.out / "samples.png").exists() and equal(
-        before["model"], checkpoint(run.out)["model"]
-    )
-    run("--train", "--resume", "--train-steps", "6")
-    assert checkpoint(run.out)["k"] == 6
+    run, new = copied(model), tmp_path / "new"
+    before = content(run)
+    here = str(torch.accelerator.current_accelerator(check_available=True))
+    absent = "mps" if here == "cuda" else "cuda"
+    wrong = {"--device": absent, "--width": "12", "--images": "many", "--out": run}
+    for flag, value in wrong.items():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(model, *tiny(model, data), "--train", "--out", new, flag, value)
+        usage, line = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2
+        assert ("--resume" if flag == "--out" else flag) in line
+    flags = ["--sample", "--device", "cpu", "--out", run]
+    line = refusal(call, model, *flags, "--caption", "brigt left")
+    assert "brigt" in line and "bright" in line
+    assert content(run) == before
+    assert not new.exists()
 
 
-def test_update_is_a_no_op_from_the_first_infinity_on(script):
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([p], 0.1, fused=True)
-    optimizer.found_inf = torch.zeros(())
-    script.update(optimizer, p.sum(), 0.1)
-    moved = p.detach().clone()
-    assert not torch.equal(moved, torch.ones(3))
-    for loss in ((p - p.detach()).sum() + float("inf"), p.sum() * float("nan"), p.sum()):
-        script.update(optimizer, loss, 0.1)
-        assert torch.equal(p.detach(), moved)
-
-
-def test_update_is_a_clipped_adamw_step(script):
-    p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
-    ours, theirs = (torch.optim.AdamW([w], 0.5, fused=True) for w in (p, q))
-    ours.found_inf = torch.zeros(())
-    for _ in range(3):
-        norm = script.update(ours, 5 * p.square().sum(), 0.1)
-        theirs.param_groups[0]["lr"] = 0.1
-        gradient = 10 * q.detach()
-        assert norm.item() == pytest.approx(gradient.norm().item(), rel=1e-5)
-        q.grad = gradient / max(1.0, gradient.norm().item())
-        theirs.step()
-        assert torch.allclose(p, q, atol=1e-6)
+@every_model
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(model, copied, data):
+    run = copied(model)
+    before = content(run)
+    flags = [*tiny(model, data), "--train", "--resume", "--out", run, "--lr", "1e30"]
+    line = refusal(call, model, *flags, "--train-steps", "12")
+    assert "not finite" in line
+    assert content(run) == before

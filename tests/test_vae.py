@@ -1,122 +1,121 @@
-"""vae.py's bounds on a linear-Gaussian model, of exact likelihood, and its pixel likelihood."""
+"""vae.py: the pixels' likelihood, and its bound on a linear-Gaussian model, whose likelihood is
+known exactly."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
+from conftest import close
 from torch.distributions import MultivariateNormal, Normal
 
 import prior
 import vae
 
-D, N = 3, 4000  # latents; images
+VALUES = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+PLACES = [(0.0, -2.0), (-1.2, -5.0), (0.99, -3.0), (4.0, -1.0), (0.3, 2.0)]
+D, N, SIGMA = 3, 4000, 0.7
+BITS = 1 / (16 * math.log(2))
 
 
-def tiny(**options):
-    torch.manual_seed(0)
-    cfg = replace(vae.Config(), width=8, embedding=16, latent=D, **options)
-    return vae.VAE(cfg, (1, 4, 4), 2)
+@pytest.mark.parametrize(("location", "log_scale"), PLACES)
+def test_the_discretized_logistic_is_a_difference_of_cdfs_and_sums_to_1(location, log_scale):
+    place = torch.tensor([location, log_scale], dtype=torch.float64)
+    p = vae.log_logistic(VALUES, *place).exp()
+    edges = VALUES[:-1] + 1 / 255
+    cdf = torch.sigmoid((edges - location) / math.exp(log_scale))
+    below = torch.cat([torch.zeros(1), cdf])
+    above = torch.cat([cdf, torch.ones(1)])
+    assert close(p, above - below, atol=1e-12)
+    assert close(p.sum(), 1, 1e-9)
 
 
-def linear_gaussian(**options):
-    """x = W z + noise with sigma 0.7, and an encoder that is off, with half the precision."""
-    model = tiny(**options).double()
-    w = torch.randn(16, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 2
-    precision = torch.eye(D) + w.T @ w / 0.49
-    posterior = torch.linalg.inv(precision) @ w.T / 0.49
-
-    def encoder(x, c):
-        log_var = -(precision.diagonal() / 2).log()
-        return x.flatten(1) @ posterior.T + 0.1, log_var.expand(len(x), D)
-
-    def log_likelihood(x, z, c):
-        return Normal(z @ w.T, 0.7).log_prob(x.flatten(1)).sum(1)
-
-    model.log_likelihood = log_likelihood
-    del model.encoder
-    model.encoder = encoder
-    exact = MultivariateNormal(torch.zeros(16).double(), w @ w.T + 0.49 * torch.eye(16))
-    x = exact.sample((N,)).view(N, 1, 4, 4)
-    return model, x, exact.log_prob(x.flatten(1)) / (16 * math.log(2))
-
-
-def test_elbo_iwae_and_the_exact_likelihood_stand_in_order():
-    seeds = prior.fold_in(0, torch.arange(N))
-    bits = {}
-    for k in (1, 4, 16, 64):
-        model, x, log_p = linear_gaussian(importance=k)
-        bits[k] = model.bits_per_dim(x, None, seeds)
-    elbo = model.loss(x, None, seeds)[1]["loss"]
-    bits["exact"] = -log_p
-    noise = (bits[1] - bits["exact"]).std() / N**0.5
-    assert elbo.item() == pytest.approx(bits[1].mean().item(), abs=6 * noise.item())
-    means = [bits[k].mean().item() for k in (1, 4, 16, 64, "exact")]
-    assert means == sorted(means, reverse=True)  # each bound tighter than the last
-    assert means[0] - means[-1] > 10 * noise
-    error = (bits[64] - bits["exact"]).std().item() / N**0.5
-    assert means[-1] < means[-2] + 3 * error
-    assert means[-2] - means[-1] < 0.1 * (means[0] - means[-1])
-
-
-def test_the_loss_is_the_likelihood_plus_beta_times_prior_kl():
-    model, x, _ = linear_gaussian()
-    seeds = prior.fold_in(0, torch.arange(N))
-    mu, log_var = model.encoder(x, None)
-    kl = prior.kl(mu, log_var).sum(1).mean() / (16 * math.log(2))
-    for beta in (0.0, 0.3, 1.0):
-        loss, metrics = model.loss(x, None, seeds, beta)
-        assert metrics["kl"].item() == pytest.approx(kl.item(), rel=1e-9)
-        assert loss.item() == pytest.approx((metrics["nll"] + beta * kl).item(), rel=1e-9)
-
-
-@pytest.mark.parametrize(("location", "log_scale"), [(0, -2), (-1.2, -5), (0.99, -3), (4, -1)])
-def test_the_discretized_logistic_sums_to_1_over_the_256_values(location, log_scale):
-    x = (torch.arange(256) / 127.5 - 1).double()
-    log_p = vae.discretized_logistic(x, torch.tensor(location), torch.tensor(float(log_scale)))
-    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-6)
-    cdf = torch.sigmoid((x[:-1] + 1 / 255 - location) / math.exp(log_scale))
-    assert torch.allclose(log_p.exp().cumsum(0)[:-1], cdf.double(), atol=1e-6)
-
-
-def test_the_discretized_logistic_is_finite_and_has_gradients_far_out():
-    location = torch.tensor([-300.0, 300.0, 0.0], requires_grad=True)
-    log_p = vae.discretized_logistic(torch.tensor([1.0, -1.0, 0.5]), location, torch.tensor(-6.0))
+def test_the_discretized_logistic_is_finite_far_out_and_pulls_back():
+    location = torch.tensor([-300.0, 300.0], requires_grad=True)
+    x = torch.tensor([1.0, -1.0])
+    log_p = vae.log_logistic(x, location, torch.tensor(-6.0))
     log_p.sum().backward()
     assert log_p.isfinite().all()
     assert location.grad[0] > 0 > location.grad[1]
 
 
-def test_noisy_samples_follow_the_likelihood():
-    model = tiny(noisy=True)
-    model.decoder = None
-    model.__dict__["decoder"] = lambda z, c: torch.full((len(z), 1, 4, 4), 0.2)
-    seeds = prior.fold_in(0, torch.arange(20000))
-    x = model.sample(torch.zeros(20000, D), None, seeds)
-    pixels = ((x + 1) * 127.5).round().long().flatten()
-    share = torch.bincount(pixels, minlength=256).double() / len(pixels)
-    values = torch.arange(256) / 127.5 - 1
-    truth = vae.discretized_logistic(values, torch.tensor(0.2), model.log_scale.detach()).exp()
-    assert (share - truth).abs().sum() < 0.02
-    assert torch.equal(model.sample(torch.zeros(2, D), None), torch.full((2, 1, 4, 4), 0.2))
+class Linear:
+    """x = W z + noise, and an encoder that is somewhat off and knows no correlations."""
+
+    def __init__(self):
+        self.w = torch.randn(16, D, dtype=torch.float64) / 2
+        gram = self.w.T @ self.w / SIGMA**2
+        precision = torch.eye(D) + gram
+        self.slope = precision.inverse() @ self.w.T / SIGMA**2
+        self.log_var = -(precision.diagonal() / 2).log()
+        covariance = self.w @ self.w.T + SIGMA**2 * torch.eye(16)
+        exact = MultivariateNormal(torch.zeros(16).double(), covariance)
+        x = exact.sample((N,))
+        self.log_p = exact.log_prob(x)
+        self.x = x.view(N, 1, 4, 4)
+
+    def infer(self, x, c):
+        mu = x.flatten(1) @ self.slope.T + 0.1
+        return mu, self.log_var.expand(len(x), D)
+
+    def decode(self, z, c):
+        return (z @ self.w.T).unflatten(-1, (1, 4, 4))
 
 
-def test_encode_is_the_posterior_mean_and_gradients_reach_every_part():
-    model = tiny()
-    x, seeds = torch.rand(4, 1, 4, 4) * 2 - 1, torch.arange(4)
-    c = model.embed(torch.tensor([[1], [2], [0], [1]]))
-    assert torch.equal(model.encode(x, c), model.encoder(x, c)[0])
-    for block in model.modules():
-        if isinstance(block, vae.Block):
-            torch.nn.init.normal_(block.conv2.weight)
-    model.loss(x, c, seeds)[0].backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+@pytest.fixture
+def linear(monkeypatch):
+    """A VAE with the functions and the likelihood of the linear model, and the linear model."""
+    truth, model = Linear(), vae.VAE((1, 4, 4), ["a"], width=8, latent=D)
+    model.infer, model.decode = truth.infer, truth.decode
+
+    def log_gaussian(x, location, log_scale):
+        return Normal(location, SIGMA).log_prob(x)
+
+    monkeypatch.setattr(vae, "log_logistic", log_gaussian)
+    return model, truth
 
 
-def test_a_collapsed_posterior_is_told():
-    model = tiny()
-    model.encoder = None
-    x, c = torch.zeros(4, 1, 4, 4), model.embed(torch.zeros(4, 1, dtype=torch.long))
-    for mu, collapsed in ((0.01, 1.0), (1.0, 0.0)):
-        model.__dict__["encoder"] = lambda x, c, mu=mu: (torch.full((4, D), mu), torch.zeros(4, D))
-        assert model.loss(x, c, torch.arange(4))[1]["collapsed"] == collapsed
+def iwae(model, x, k):
+    """The bound of k draws of z: log of the mean of p(x | z) p(z) / q(z | x), in nats, (N,)."""
+    mu, log_var = model.infer(x, None)
+    q = Normal(mu, (0.5 * log_var).exp())
+    weights = []
+    for _ in range(k):
+        z = prior.reparameterize(mu, log_var)
+        log_p = vae.log_logistic(x, model.decode(z, None), None)
+        log_p = log_p.flatten(1).sum(1)
+        log_q = q.log_prob(z).sum(1)
+        weights.append(log_p + prior.log_prob(z) - log_q)
+    mean = torch.stack(weights).exp().mean(0)
+    return mean.log()
+
+
+def test_elbo_iwae_and_the_exact_likelihood_stand_in_order(linear):
+    model, truth = linear
+    loss = model.loss(truth.x, None)[0]
+    elbo = -loss / BITS
+    bounds = [iwae(model, truth.x, k) for k in (1, 4, 64)]
+    error = (bounds[0] - truth.log_p).std() / N**0.5
+    first, second, last = (bound.mean() for bound in bounds)
+    exact = truth.log_p.mean()
+    assert (elbo - first).abs() < 6 * error
+    assert elbo < second < last < exact + 3 * error
+    assert exact - last < 0.1 * (exact - elbo)
+    assert exact - elbo > 10 * error
+
+
+def test_the_elbo_is_its_closed_form(linear):
+    """E |x - W z|^2 = |x - W mu|^2 + sum over d of sigma_d^2 |W_d|^2, and the KL is known."""
+    model, truth = linear
+    mu, log_var = model.infer(truth.x, None)
+    rest = truth.x.flatten(1) - mu @ truth.w.T
+    spread = log_var.exp() * truth.w.square().sum(0)
+    squares = rest.square().sum(1) + spread.sum(1)
+    nats = squares / (2 * SIGMA**2) + 8 * math.log(2 * math.pi * SIGMA**2)
+    kl = (mu.square() + log_var.exp() - log_var - 1) / 2
+    nll, kl = BITS * nats.mean(), BITS * kl.sum(1).mean()
+    for beta in (0.0, 1.0, 100.0):
+        loss, log = model.loss(truth.x, None, beta)
+        assert close(log["nll"], nll, 5e-3)
+        assert close(log["kl"], kl, 1e-9)
+        assert close(loss, log["nll"] + beta * kl, 1e-9)
+    assert torch.equal(model.encode(truth.x, None), mu)

@@ -1,0 +1,142 @@
+"""What a finished run of any model has learned, in pictures, which go into its folder.
+
+  python -m bench.explore runs/vae [--data FILE.npz]
+
+  interpolation.png   from one z to another under one text, and between two texts at one z
+  reconstruction.png  held-out images, and what sample makes of what encode makes of them
+  path.png            how an image comes about: x^ at each step of a sampler, a flow's layers, or,
+                      where one step is all, a walk along the latents that matter most
+  loss.png            what was logged in training
+
+The last line printed is a JSON object: the run's model and, where it has a likelihood, bits_per_dim
+of held-out images, its standard_error, and what kind of statement that is.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from unittest import mock
+
+import torch
+from matplotlib.figure import Figure
+
+import prior
+from bench import likelihood, models
+from bench.report import picture
+
+
+def interpolation(model, z, c, texts):
+    """Rows from z to z, then rows from text to text. All columns get the same noise, if any."""
+    others_z, others_c = z.roll(-1, 0), c.roll(-1, 0)
+    above, below = [], []
+    for t in torch.linspace(0, 1, 11).tolist():
+        torch.manual_seed(0)
+        above.append(model.sample(prior.slerp(z, others_z, t), c))
+        torch.manual_seed(0)
+        below.append(model.sample(z, torch.lerp(c, others_c, t)))
+    titles = [f"{text} to {other}" for text, other in zip(texts, texts[1:] + texts[:1])]
+    images = torch.cat([torch.stack(above, 1), torch.stack(below, 1)])
+    return list(zip(texts + titles, images))
+
+
+def steps(model, z, c):
+    """x^ at each step. A guided velocity calls itself: the outer call, which ends last, counts."""
+    velocity, frames = model.velocity, {}
+
+    def record(z, t, c, guidance=1.0):
+        v = velocity(z, t, c, guidance)
+        frames[t] = z - t * v
+        return v
+
+    with mock.patch.object(model, "velocity", record):
+        model.sample(z, c)
+    return list(frames.values())
+
+
+def jumps(model, z, c):
+    """x^ at each of a few large steps."""
+    denoise, frames = model.denoise, []
+
+    def record(*given):
+        frames.append(denoise(*given))
+        return frames[-1]
+
+    with mock.patch.object(model, "denoise", record):
+        model.sample(z, c)
+    return frames
+
+
+def layers(model, z, c):
+    """The images that the last layers alone would make, none of them at first, then all."""
+    every, frames = model.couplings, []
+    for i in range(len(every) + 1):
+        model.couplings = every[len(every) - i :]
+        frames.append(model.sample(z, c))
+    model.couplings = every
+    return frames
+
+
+def walk(model, z, c):
+    """Each of the latents that change an image most, a row each, from -2.5 to 2.5."""
+    z, c = z[:1].repeat(z.shape[1], 1), c[:1].expand(z.shape[1], -1)
+    values = torch.linspace(-2.5, 2.5, 11).tolist()
+    frames = [model.sample(z.clone().fill_diagonal_(value), c) for value in values]
+    change = (frames[-1] - frames[0]).abs().flatten(1).sum(1)
+    most = change.argsort(descending=True)[:8]
+    return [frame[most] for frame in frames]
+
+
+# the member that tells how a model comes to an image, and what shows it
+PATHS = {"velocity": steps, "denoise": jumps, "couplings": layers, "decode": walk}
+
+
+def plot_losses(run):
+    """loss.png: each logged value over the updates; of an update logged twice, the last counts."""
+    rows = {}
+    for line in (run / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows[row.pop("update")] = row
+    n = -(-len(row) // 3)
+    figure = Figure(figsize=(10, 2.5 * n), layout="constrained")
+    for i, name in enumerate(row):
+        axes = figure.add_subplot(n, 3, i + 1, title=name)
+        axes.plot(rows.keys(), [each[name] for each in rows.values()], linewidth=0.8)
+    figure.savefig(run / "loss.png", dpi=80)
+
+
+@torch.no_grad()
+def main(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--data", help="the .npz that it was trained on [built-in digits]")
+    parser.add_argument("--images", type=int, default=500, help="for bits_per_dim, at most [500]")
+    parser.add_argument("--device", default=models.HERE, choices=sorted({models.HERE, "cpu"}))
+    args = parser.parse_args(argv)
+    model, checkpoint = models.load(args.run, args.device)
+    x, captions = models.held_out(args.data)
+    if x.shape[1:] != tuple(model.args["shape"]):
+        raise SystemExit(f"{args.run} was trained on other images: give its --data")
+    name, known = checkpoint["name"], checkpoint["captions"]
+    texts = [known[i] for i in models.evenly(6, len(known))]
+    c = model.embed(model.tokenize(texts).to(args.device))
+    z = prior.sample(len(c), *model.latent_shape, seed=0).to(args.device)
+    picture(args.run / "interpolation.png", interpolation(model, z, c, texts))
+    if hasattr(model, "encode"):
+        chosen = models.evenly(12, len(x))
+        some = x[chosen].to(args.device) / 127.5 - 1
+        ids = model.tokenize([captions[i] for i in chosen]).to(args.device)
+        code = model.encode(some, model.embed(ids))
+        back = model.sample(code, model.embed(ids), **models.plain(name))
+        rows = [("held out", some), ("encoded and sampled again", back)]
+        picture(args.run / "reconstruction.png", rows)
+    show = next(show for member, show in PATHS.items() if hasattr(model, member))
+    rows = torch.stack(show(model, z, c), 1)
+    picture(args.run / "path.png", [("", row) for row in rows])
+    plot_losses(args.run)
+    result = likelihood.measure(model, x, captions, args.images) or {}
+    print(json.dumps({"model": name, "updates": checkpoint["update"], **result}))
+
+
+if __name__ == "__main__":
+    main()

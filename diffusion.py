@@ -212,7 +212,7 @@ def load_data(path=None):
         if x.dtype != np.uint8 or side != width or side % 4 or n != len(y):
             raise ValueError("take square uint8 images, sides divisible by 4, and as many texts")
     except Exception as error:
-        raise SystemExit(f"--data {path}: {error}") from None
+        raise SystemExit(f"--data {path}: {error!r}") from None
     kept = (np.arange(n) % 10 > 0) | ("x_test" in data)
     return torch.from_numpy(x[kept]), [str(text).lower() for text in y[kept]]
 

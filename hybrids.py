@@ -252,7 +252,7 @@ class FlowGAN(nn.Module):
     """(4): a flow, whose samples a critic judges. One image in eight meets it, as a likelihood is
     cheap and wants many images. See flow.py for the flow's equations."""
 
-    defaults = dict(train_steps=1600, batch_size=128, gamma=1.0, weight=0.003)
+    defaults = dict(train_steps=1500, batch_size=128, gamma=1.0, weight=0.02)
 
     def __init__(self, shape, vocabulary, width=64, noise=0.15):
         super().__init__()
@@ -308,7 +308,7 @@ class FlowGAN(nn.Module):
         h = h * self.std + self.mean
         return self.dct.T @ h.view_as(z) @ self.dct
 
-    def loss(self, x, c, gamma=1.0, weight=0.003, beta=1.0):
+    def loss(self, x, c, gamma=1.0, weight=0.02, beta=1.0):
         """As VAEGAN's, without a part for beta."""
         y = x + self.noise * torch.randn_like(x)
         z, log_det = self(y, c)
@@ -325,7 +325,7 @@ class FlowGAN(nn.Module):
         return self.log_share - (y[..., None] - x) ** 2 / (2 * self.noise**2)
 
     @torch.no_grad()
-    def sample(self, z, c, guidance=1.5, temperature=0.9):
+    def sample(self, z, c, guidance=2.0, temperature=0.8):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], in one pass."""
         y = self.inverse(temperature * z, c, guidance)
         levels = torch.linspace(-2, 2, 4001, device=y.device)
@@ -433,7 +433,7 @@ def load_data(path=None):
         if x.dtype != np.uint8 or side != width or side % 4 or n != len(y):
             raise ValueError("take square uint8 images, sides divisible by 4, and as many texts")
     except Exception as error:
-        raise SystemExit(f"--data {path}: {error}") from None
+        raise SystemExit(f"--data {path}: {error!r}") from None
     kept = (np.arange(n) % 10 > 0) | ("x_test" in data)
     return torch.from_numpy(x[kept]), [str(text).lower() for text in y[kept]]
 

@@ -10,11 +10,12 @@
   x^ + h / (2 h') (x^ - x^'),   h the step in log((1 - t) / t), ' marks the step before        (8)
 
 (1) to (3) are rectified flow (Liu et al. 2023) or flow matching (Lipman et al. 2023). Predicting v
-is the textbook's "predict the added noise" (Ho et al. 2020) in better units: by (1) and (4),
-eps^ - eps = (1 - t) (v_theta - v). Guidance (5): Ho & Salimans 2022. One step (6) is every sampler.
-With eta = 0 it is DDIM, which adds no fresh noise (Song, Meng & Ermon 2021, equation 12). With
-eta = 1 it is DDPM, a draw of q(z_s | z_t, x^) (Ho et al. 2020, equation 7). DPM-Solver++(2M) is
-DDIM with x^ replaced by (8), which continues the line through its last two values (Lu et al. 2022).
+is the textbook's "predict the added noise" (Ho et al. 2020) in better units: by (1) and (4), eps^ -
+eps = (1 - t) (v_theta - v). Guidance (5): Ho & Salimans 2022. Every sampler repeats (6) (Song, Meng
+& Ermon 2021, equation 12). With eta = 0 it is DDIM, which adds no fresh noise. With eta = 1 it is
+DDPM, a draw of q(z_s | z_t, x^) (Ho et al. 2020, equation 7). DPM-Solver++(2M) is DDIM with x^
+replaced by (8), which continues the line through its last two values (Lu et al. 2022), and with the
+eps^ that (1) then gives.
 
   python diffusion.py --train                                  from nothing to digits, in minutes
   torchrun --nproc_per_node 2 diffusion.py --train             data-parallel
@@ -80,7 +81,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, H, W) on a coarse grid h and then on a fine one, which skip joins."""
+    """Draws images (B, C, H, W) from a coarse grid h, then a fine one, to which skip is added."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -98,7 +99,7 @@ class Decoder(nn.Module):
 
 
 class Text(nn.Sequential):
-    """Word ids (B, L) become c (B, E): the mean of its words, 0 for "", in an MLP."""
+    """Word ids (B, L) become c (B, E): an MLP of the mean of their vectors, which is 0 for ""."""
 
     def __init__(self, vocabulary, dim):
         words = nn.EmbeddingBag(1 + len(vocabulary), dim, mode="mean", padding_idx=0)
@@ -138,7 +139,7 @@ class Diffusion(nn.Module):
         if guidance != 1:
             null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long))
             v_null, v_text = self.velocity(z, t, null), self.velocity(z, t, c)
-            return torch.lerp(v_null, v_text, guidance)
+            return torch.lerp(v_null, v_text, guidance)                        # (5)
         angles = t * torch.logspace(3, -1, 64, device=z.device)
         waves = torch.cat([angles.cos(), angles.sin()], -1)
         emb = c + self.time(waves)                                             # (B, E)
@@ -147,9 +148,9 @@ class Diffusion(nn.Module):
 
     def loss(self, x, c):
         """(3) for x (B, C, H, W) in [-1, 1] and c (B, E), and what is logged. Pixels are spread
-        over their bins, as whole numbers have no density. t is the sigmoid of a draw of N(1, 1), as
-        large t decide what is drawn (Esser et al. 2024, section 3.1), but for one image in ten
-        log-uniform on [1e-3, 1], for the small t that a likelihood needs."""
+        over their bins, as a density needs continuous values. t is sigmoid(N(1, 1)), since large t
+        decide what is drawn (Esser et al. 2024, section 3.1). For one image in ten it is
+        log-uniform on [1e-3, 1], for the small t over which a likelihood integrates."""
         x = x + (torch.rand_like(x) - 0.5) / 127.5
         eps = torch.randn_like(x)
         t = torch.sigmoid(1 + torch.randn(len(x), 1, 1, 1, device=x.device))
@@ -165,6 +166,7 @@ class Diffusion(nn.Module):
         x_before, h_before = 0, math.inf
         for t, s in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
             x = x_hat = z - t * self.velocity(z, t, c, guidance)               # (4)
+            # log((1 - t) / t) is infinite at both ends: there, steps are DDIM's
             if sampler == "dpm" and 0 < s < t < 1:
                 h = math.log((1 - s) / s * t / (1 - t))
                 x = x_hat + h / (2 * h_before) * (x_hat - x_before)            # (8)
@@ -203,8 +205,8 @@ def captioned_digits():
 
 
 def load_data(path=None):
-    """Training images, uint8 (N, C, S, S), and N captions: x (N, S, S) or (N, S, S, C) and y of an
-    .npz, or digits. Held out for tests are its x_test and y_test or, without, each tenth image."""
+    """Training images, uint8 (N, C, S, S), and N captions: the digits, or an .npz's x (N, S, S) or
+    (N, S, S, C) and y. Held out for tests are its x_test and y_test, or else each tenth image."""
     try:
         data = np.load(path) if path else captioned_digits()
         x, y = rearrange(data["x"], "n h w ... -> n (...) h w"), data["y"]
@@ -254,7 +256,7 @@ def train(args):
         # seeded at each update, so that a resumed run draws what one that never stopped draws
         torch.manual_seed(hash((args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # hides some captions and some words, so that the network learns what each part says
+        # hides some captions and some words, so that parts of a caption have a meaning too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = update / args.train_steps
@@ -323,11 +325,11 @@ def main(argv=None):
     flag("--lr", type=float, default=2.5e-3)
     flag("--width", type=int, default=64, help="channels on the fine grid")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
-    flag("--images", type=int, default=80, help="how many to draw")
+    flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", type=Path, help="also write the images x and their captions y to this file")
     flag("--steps", type=int, default=20, help="steps of the sampler")
-    flag("--sampler", default="dpm", choices=("ddpm", "ddim", "dpm"))
+    flag("--sampler", default="dpm", choices=("ddpm", "ddim", "dpm"), help="of (6) to (8)")
     flag("--guidance", type=float, default=1.5, help="w in (5); 1 is the conditional model itself")
     args = parser.parse_args(argv)
     if args.width % 8:

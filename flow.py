@@ -1,7 +1,7 @@
-"""Flow: one invertible network, from images to N(0, I) and exactly back, with exact likelihood.
+"""Flow: one invertible network, from noisy images to N(0, I) and exactly back.
 
   y = x + s eps,   eps ~ N(0, I):   the image with noise, whose density is smooth              (1)
-  h = (DCT(y) - mean) / std:   whitened frequencies                                            (2)
+  h = (DCT(y) - mean) / std:   standard frequencies                                            (2)
   h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, c),   c the text's vector: a coupling  (3)
   log p(y | c) = log N(z; 0, I) + log |det dz/dy|:   the sum of all -log std and all -r        (4)
   h_b <- h_b exp(r) + shift,   from the last coupling to the first: z ~ N(0, I) becomes y      (5)
@@ -11,9 +11,9 @@
 A coupling (3) changes some values h_b, given others h_a that stay. So (5) undoes it exactly, and
 its determinant is a product (RealNVP, Dinh et al. 2017). The low frequencies, which have the shape,
 go through many couplings; the others through one, given these. The noise (1) takes the place of
-dequantization: most pixels are exactly black, and a density that must be high on such a spike turns
-each small error into a grey dot (noise as in TarFlow, Zhai et al. 2024, which also has (6), a
-heuristic). Samples show the likeliest k of (7). With w = 1, (5) is the inverse of (3).
+dequantization: most pixels are exactly black, without noise the density spikes there, and small
+errors become grey dots (noise as in TarFlow, Zhai et al. 2024, which also has (6), a heuristic).
+Samples show the likeliest k of (7). With w = 1, (5) is the inverse of (3).
 
   python flow.py --train                                       from nothing to digits, in minutes
 """
@@ -41,7 +41,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 class Text(nn.Sequential):
-    """Word ids (B, L) become c (B, E): the mean of its words, 0 for "", in an MLP."""
+    """Word ids (B, L) become c (B, E): an MLP of the mean of their vectors, which is 0 for ""."""
 
     def __init__(self, vocabulary, dim):
         words = nn.EmbeddingBag(1 + len(vocabulary), dim, mode="mean", padding_idx=0)
@@ -75,7 +75,7 @@ class Coupling(nn.Module):
         nn.init.zeros_(self.net[-1].bias)
 
     def affine(self, h, c):
-        """shift and r of (3), (B, n) each; tanh keeps exp(r) between 1/8 and 8."""
+        """shift and r of (3), (B, n) each; tanh keeps r between -2 and 2."""
         given = torch.cat([h[:, self.given], c], 1)
         shift, r = self.net(given).chunk(2, 1)
         return shift, 2 * torch.tanh(r / 2)
@@ -119,7 +119,7 @@ class Flow(nn.Module):
         low, high = frequency.argsort(stable=True).split([low, n - low])
         places = [(low, high)]
         places += [low[torch.randperm(len(low))].chunk(2) for _ in range(couplings)]
-        places += [(low[:0], low)]
+        places += [(low[:0], low)]  # given the text alone
         self.couplings = nn.ModuleList(Coupling(*place, dim, width) for place in places)
 
     def fit(self, x):
@@ -179,7 +179,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def encode(self, x, c):
-        """x (B, C, S, S) in [-1, 1], c (B, E) -> z of x with fresh noise, exactly."""
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> the exact z of x with fresh noise."""
         return self(x + self.noise * torch.randn_like(x), c)[0]
 
 
@@ -199,8 +199,8 @@ def captioned_digits():
 
 
 def load_data(path=None):
-    """Training images, uint8 (N, C, S, S), and N captions: x (N, S, S) or (N, S, S, C) and y of an
-    .npz, or digits. Held out for tests are its x_test and y_test or, without, each tenth image."""
+    """Training images, uint8 (N, C, S, S), and N captions: the digits, or an .npz's x (N, S, S) or
+    (N, S, S, C) and y. Held out for tests are its x_test and y_test, or else each tenth image."""
     try:
         data = np.load(path) if path else captioned_digits()
         x, y = rearrange(data["x"], "n h w ... -> n (...) h w"), data["y"]
@@ -252,7 +252,7 @@ def train(args):
         # seeded at each update, so that a resumed run draws what one that never stopped draws
         torch.manual_seed(hash((args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # hides some captions and some words, so that the network learns what each part says
+        # hides some captions and some words, so that parts of a caption have a meaning too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = update / args.train_steps
@@ -320,7 +320,7 @@ def main(argv=None):
     flag("--lr", type=float, default=1e-3)
     flag("--width", type=int, default=512, help="hidden units of a coupling's network")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
-    flag("--images", type=int, default=80, help="how many to draw")
+    flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", type=Path, help="also write the images x and their captions y to this file")
     flag("--noise", type=float, default=0.15, help="s in (1)")

@@ -72,7 +72,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, H, W) on a coarse grid h and then on a fine one, which skip joins."""
+    """Draws images (B, C, H, W) from a coarse grid h, then a fine one, to which skip is added."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
 
 
 class Text(nn.Sequential):
-    """Word ids (B, L) become c (B, E): the mean of its words, 0 for "", in an MLP."""
+    """Word ids (B, L) become c (B, E): an MLP of the mean of their vectors, which is 0 for ""."""
 
     def __init__(self, vocabulary, dim):
         words = nn.EmbeddingBag(1 + len(vocabulary), dim, mode="mean", padding_idx=0)
@@ -131,13 +131,13 @@ class GAN(nn.Module):
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
     def judge(self, x, c):
-        """D of (1): x (B, C, H, W), c (B, E) -> (B,)."""
+        """D of (1), x (B, C, H, W), c (B, E) -> (B,): a projection (Miyato & Koyama 2018)."""
         features = self.features(self.critic(x, c)[0].flatten(1))
         return (features * c).sum(1) / math.sqrt(len(c[0]))
 
     def loss(self, x, c, gamma=1.0, kind="relativistic"):
         """(2) and (3) for x (B, C, H, W) in [-1, 1] and c (B, E), and what is logged. One backward
-        pass gives each player's weights the gradient of its own loss; the text is the critic's."""
+        pass gives each player the gradient of its own loss. Only the critic trains the text."""
         z = prior.sample(len(x), *self.latent_shape, device=x.device)
         fake = self.decode(z, c.detach())
         return duel(self.judge, x, fake, c, gamma, kind=kind)
@@ -149,9 +149,9 @@ class GAN(nn.Module):
 
 
 def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
-    """D's loss plus weight times G's for images (B, C, H, W), D = judge(x, c) -> (B,), and what is
-    logged. G's gradient passes D without reaching its weights: it is dD/dx, which R2 needs anyway,
-    times the derivative of softplus (the chain rule)."""
+    """A number that has the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times
+    G's loss for fake (B, C, H, W), and what is logged. By the chain rule the latter is dD/dx, which
+    R2 needs anyway, times the derivative of softplus; so it leaves D's weights alone."""
     images = torch.cat([real, fake]).detach().requires_grad_()
     d = judge(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
@@ -186,8 +186,8 @@ def captioned_digits():
 
 
 def load_data(path=None):
-    """Training images, uint8 (N, C, S, S), and N captions: x (N, S, S) or (N, S, S, C) and y of an
-    .npz, or digits. Held out for tests are its x_test and y_test or, without, each tenth image."""
+    """Training images, uint8 (N, C, S, S), and N captions: the digits, or an .npz's x (N, S, S) or
+    (N, S, S, C) and y. Held out for tests are its x_test and y_test, or else each tenth image."""
     try:
         data = np.load(path) if path else captioned_digits()
         x, y = rearrange(data["x"], "n h w ... -> n (...) h w"), data["y"]
@@ -237,7 +237,7 @@ def train(args):
         # seeded at each update, so that a resumed run draws what one that never stopped draws
         torch.manual_seed(hash((args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # hides some captions and some words, so that the network learns what each part says
+        # hides some captions and some words, so that parts of a caption have a meaning too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.03
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = update / args.train_steps
@@ -305,7 +305,7 @@ def main(argv=None):
     flag("--lr", type=float, default=1.5e-3)
     flag("--width", type=int, default=64, help="channels on the fine grid")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
-    flag("--images", type=int, default=80, help="how many to draw")
+    flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", type=Path, help="also write the images x and their captions y to this file")
     flag("--gamma", type=float, default=1.0, help="weight of the penalties in (2)")

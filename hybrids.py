@@ -10,12 +10,12 @@
   q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) q x) / t^2, q s^2 / t^2),
     a = (1 - t) / (1 - s),   q = t^2 - (a s)^2                                                 (6)
 
-(3): Larsen et al. 2016. The distance of the critic's features phi takes the place of the pixels':
-what is sharp is what the critic sees. The two logarithms are bits of normals with the best variance
-(Rybkin et al. 2021); the small second one keeps training steady. (4): Grover et al. 2018. D sees
-noisy images on both sides, as in flow.py. (5): Xiao et al. 2022. Over a long step q(x_s | x_t) is
-no normal, so in few steps G needs a z of its own; L keeps it where D can follow (Xu et al. 2024).
-Coupling and duel are copies that cite the equations of flow.py and gan.py.
+(3): Larsen et al. 2016. The distance of the critic's features phi replaces most of the pixels', as
+the critic sees blur; beta falls from 100 to 3. The two logarithms are bits of normals with the best
+variance (Rybkin et al. 2021); the small second one keeps training steady. (4): Grover et al. 2018.
+D sees real and fake images with the noise of flow.py. (5): Xiao et al. 2022. Over a long step q(x_s
+| x_t) is no normal, so in few steps G needs a z of its own; L keeps x^ near x (as in Xu et al.
+2024). Coupling and duel are copies that cite the equations of flow.py and gan.py.
 
   python hybrids.py --train --model vae-gan                    or flow-gan, or diffusion-gan
 """
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, H, W) on a coarse grid h and then on a fine one, which skip joins."""
+    """Draws images (B, C, H, W) from a coarse grid h, then a fine one, to which skip is added."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
 
 
 class Text(nn.Sequential):
-    """Word ids (B, L) become c (B, E): the mean of its words, 0 for "", in an MLP."""
+    """Word ids (B, L) become c (B, E): an MLP of the mean of their vectors, which is 0 for ""."""
 
     def __init__(self, vocabulary, dim):
         words = nn.EmbeddingBag(1 + len(vocabulary), dim, mode="mean", padding_idx=0)
@@ -113,7 +113,6 @@ class Text(nn.Sequential):
         except KeyError as word:
             raise SystemExit(f"unknown word {word}; known are{' '.join(self.ids)}") from None
         return nn.utils.rnn.pad_sequence(ids, batch_first=True)
-
 
 
 class Coupling(nn.Module):
@@ -132,7 +131,7 @@ class Coupling(nn.Module):
         nn.init.zeros_(self.net[-1].bias)
 
     def affine(self, h, c):
-        """shift and r of (3), (B, n) each; tanh keeps exp(r) between 1/8 and 8."""
+        """shift and r of (3), (B, n) each; tanh keeps r between -2 and 2."""
         given = torch.cat([h[:, self.given], c], 1)
         shift, r = self.net(given).chunk(2, 1)
         return shift, 2 * torch.tanh(r / 2)
@@ -153,9 +152,9 @@ class Coupling(nn.Module):
 
 
 def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
-    """D's loss plus weight times G's for images (B, C, H, W), D = judge(x, c) -> (B,), and what is
-    logged. G's gradient passes D without reaching its weights: it is dD/dx, which R2 needs anyway,
-    times the derivative of softplus (the chain rule)."""
+    """A number that has the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times
+    G's loss for fake (B, C, H, W), and what is logged. By the chain rule the latter is dD/dx, which
+    R2 needs anyway, times the derivative of softplus; so it leaves D's weights alone."""
     images = torch.cat([real, fake]).detach().requires_grad_()
     d = judge(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
@@ -219,8 +218,8 @@ class VAEGAN(nn.Module):
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
     def loss(self, x, c, gamma=1.0, weight=1.0, beta=1.0):
-        """(1) + (2) for x (B, C, H, W) in [-1, 1] and c (B, E), and what is logged. Each player's
-        weights get the gradient of its own loss, and the text is the model's."""
+        """(1) + (2) with (3) for x (B, C, H, W) in [-1, 1] and c (B, E), and what is logged. Each
+        player gets the gradient of its own loss. Only L trains the text."""
         mu, log_var = self.infer(x, c)
         y = self.decode(prior.reparameterize(mu, log_var), c)
         text = c.detach()
@@ -309,7 +308,7 @@ class FlowGAN(nn.Module):
         return self.dct.T @ h.view_as(z) @ self.dct
 
     def loss(self, x, c, gamma=1.0, weight=0.02, beta=1.0):
-        """As VAEGAN's, without a part for beta."""
+        """(1) + (2) with (4), as VAEGAN's; beta is not used."""
         y = x + self.noise * torch.randn_like(x)
         z, log_det = self(y, c)
         nats = -(prior.log_prob(z) + log_det).mean() / x[0].numel()
@@ -377,7 +376,7 @@ class DiffusionGAN(nn.Module):
         return mean + sigma * eps
 
     def loss(self, x, c, gamma=0.05, weight=1.0, beta=1.0):
-        """As VAEGAN's; there is no beta here."""
+        """(1) + (2) with (5), as VAEGAN's, but both terms train the text; beta is not used."""
         k = torch.randint(1, self.steps + 1, (len(x),), device=x.device)
         t = k[:, None, None, None] / self.steps
         x_t = (1 - t) * x + t * torch.randn_like(x)
@@ -424,8 +423,8 @@ def captioned_digits():
 
 
 def load_data(path=None):
-    """Training images, uint8 (N, C, S, S), and N captions: x (N, S, S) or (N, S, S, C) and y of an
-    .npz, or digits. Held out for tests are its x_test and y_test or, without, each tenth image."""
+    """Training images, uint8 (N, C, S, S), and N captions: the digits, or an .npz's x (N, S, S) or
+    (N, S, S, C) and y. Held out for tests are its x_test and y_test, or else each tenth image."""
     try:
         data = np.load(path) if path else captioned_digits()
         x, y = rearrange(data["x"], "n h w ... -> n (...) h w"), data["y"]
@@ -480,7 +479,7 @@ def train(args):
         # seeded at each update, so that a resumed run draws what one that never stopped draws
         torch.manual_seed(hash((args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # hides some captions and some words, so that the network learns what each part says
+        # hides some captions and some words, so that parts of a caption have a meaning too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = update / args.train_steps
@@ -553,7 +552,7 @@ def main(argv=None):
     flag("--lr", type=float, default=1.5e-3)
     flag("--width", type=int, default=64, help="channels on the fine grid")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
-    flag("--images", type=int, default=80, help="how many to draw")
+    flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", type=Path, help="also write the images x and their captions y to this file")
     flag("--gamma", type=float, help="weight of the penalties in (1)")

@@ -1,8 +1,8 @@
 """The prior N(0, I): every generator here turns a draw of it, and a text, into an image.
 
 Why a standard normal? It is easy to sample. It is round, so one latent can move to another without
-leaving it (`slerp`). Its KL divergence from another normal has a closed form (`kl`). And a draw of
-another normal is a shifted and scaled draw of it, so that gradients reach mu and sigma
+leaving it (`slerp`). The KL divergence to it from another normal has a closed form (`kl`). And any
+normal draw is a shifted and scaled draw of it, so that gradients reach mu and sigma
 (`reparameterize`).
 """
 
@@ -34,8 +34,8 @@ def reparameterize(mu, log_var):
 
 
 def kl(mu, log_var):
-    """KL(N(mu, sigma^2) || N(0, 1)) of each latent in nats, of the shape of mu. Their sum is the KL
-    to N(0, I) (Kingma & Welling 2014, appendix B). expm1 keeps it exact near log_var = 0."""
+    """KL(N(mu, sigma^2) || N(0, 1)) in nats, elementwise, of the shape of mu. The sum is the KL to
+    N(0, I) (Kingma & Welling 2014, appendix B). expm1 is more accurate near log_var = 0."""
     return 0.5 * (mu.square() + log_var.expm1() - log_var)
 
 

@@ -7,10 +7,10 @@
 
 (1), (3): Kingma & Welling 2014. The KL is in closed form, and gradients reach mu and sigma through
 z. (2) is a logistic about the location l(z, c), in bins of 2/255 of which the outer two are open
-(Salimans et al. 2017), with one learned scale s (Rybkin et al. 2021). With beta from 0 up to 1, the
-usual warm-up, z learns what the text says, and the text is then ignored. While the KL is dear, the
-decoder takes from the text what the text can tell. A sample shows l: it is blurred, an average of
-the images that z leaves open. The bits per dimension speak of (2), with its noise.
+(Salimans et al. 2017), with one learned scale s (Rybkin et al. 2021). The usual warm-up, beta from
+0 to 1, lets z learn what the text says, so that the text is ignored. A high beta first makes the
+decoder use the text. A sample shows l: it is blurred, an average of the images that z leaves open.
+The bits per dimension speak of (2), with its noise.
 
   python vae.py --train                                        from nothing to digits, in minutes
 """
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, H, W) on a coarse grid h and then on a fine one, which skip joins."""
+    """Draws images (B, C, H, W) from a coarse grid h, then a fine one, to which skip is added."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
 
 
 class Text(nn.Sequential):
-    """Word ids (B, L) become c (B, E): the mean of its words, 0 for "", in an MLP."""
+    """Word ids (B, L) become c (B, E): an MLP of the mean of their vectors, which is 0 for ""."""
 
     def __init__(self, vocabulary, dim):
         words = nn.EmbeddingBag(1 + len(vocabulary), dim, mode="mean", padding_idx=0)
@@ -146,7 +146,7 @@ class VAE(nn.Module):
         log_p = log_logistic(x, self.decode(z, c), self.log_scale)             # (2)
         nll = -bits * log_p.flatten(1).sum(1).mean()
         kl = bits * prior.kl(mu, log_var).sum(1).mean()
-        loss = nll + beta * kl
+        loss = nll + beta * kl                                                 # (4)
         return loss, {"loss": loss, "nll": nll, "kl": kl}
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class VAE(nn.Module):
 
 
 def log_logistic(x, location, log_scale):
-    """The log of (2), elementwise, as S(a) S(-b) (1 - exp(b - a)), which does not cancel."""
+    """The log of (2), elementwise: S(a) - S(b) as S(a) S(-b) (1 - exp(b - a)) does not cancel."""
     above = (x + 1 / 255 - location) / log_scale.exp()
     below = (x - 1 / 255 - location) / log_scale.exp()
     width = torch.log(-torch.expm1(-2 / 255 / log_scale.exp()))
@@ -186,8 +186,8 @@ def captioned_digits():
 
 
 def load_data(path=None):
-    """Training images, uint8 (N, C, S, S), and N captions: x (N, S, S) or (N, S, S, C) and y of an
-    .npz, or digits. Held out for tests are its x_test and y_test or, without, each tenth image."""
+    """Training images, uint8 (N, C, S, S), and N captions: the digits, or an .npz's x (N, S, S) or
+    (N, S, S, C) and y. Held out for tests are its x_test and y_test, or else each tenth image."""
     try:
         data = np.load(path) if path else captioned_digits()
         x, y = rearrange(data["x"], "n h w ... -> n (...) h w"), data["y"]
@@ -237,11 +237,11 @@ def train(args):
         # seeded at each update, so that a resumed run draws what one that never stopped draws
         torch.manual_seed(hash((args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # hides some captions and some words, so that the network learns what each part says
+        # hides some captions and some words, so that parts of a caption have a meaning too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.03
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = update / args.train_steps
-        beta = 100 ** (1 - progress)  # (4)
+        beta = 100 ** (1 - progress)  # of (4)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             loss, log = model.loss(x[i] / 127.5 - 1, model.embed(words), beta)
         optimizer.zero_grad()
@@ -307,7 +307,7 @@ def main(argv=None):
     flag("--lr", type=float, default=2e-3)
     flag("--width", type=int, default=64, help="channels on the fine grid")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
-    flag("--images", type=int, default=80, help="how many to draw")
+    flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", type=Path, help="also write the images x and their captions y to this file")
     args = parser.parse_args(argv)

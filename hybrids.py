@@ -11,7 +11,7 @@
     a = (1 - t) / (1 - s),   q = t^2 - (a s)^2                                                 (6)
 
 (3): Larsen et al. 2016. The distance of the critic's features phi replaces most of the pixels', as
-the critic sees blur; beta falls from 100 to 3. The two logarithms are bits of normals with the best
+the critic sees blur; beta falls from 100 to 1. The two logarithms are bits of normals with the best
 variance (Rybkin et al. 2021); the small second one keeps training steady. (4): Grover et al. 2018.
 D sees real and fake images with the noise of flow.py. (5): Xiao et al. 2022. Over a long step q(x_s
 | x_t) is no normal, so in few steps G needs a z of its own; L keeps x^ near x (as in Xu et al.
@@ -190,7 +190,7 @@ class Critic(nn.Module):
 class VAEGAN(nn.Module):
     """(3): a VAE, whose likeness to x is judged by the features of a critic."""
 
-    defaults = dict(train_steps=1200, batch_size=32, gamma=1.0, weight=1.0)
+    defaults = dict(train_steps=1200, batch_size=32, gamma=1.0, weight=1.0, beta1=0.0, hide=0.03)
 
     def __init__(self, shape, vocabulary, width=64, latent=12):
         super().__init__()
@@ -230,10 +230,10 @@ class VAEGAN(nn.Module):
         likeness = (slope * y).sum() + F.mse_loss(y, x).log2() / 20
         bits = x[0].numel() * math.log(2)
         kl = prior.kl(mu, log_var).sum(1).mean() / bits
-        z = prior.sample(len(x), *self.latent_shape, device=x.device)
-        fake = self.decode(z, text)
+        fake = self.decode(torch.randn_like(mu), text)
         loss, log = duel(self.critic, x, fake, text, gamma, weight)
-        log |= {"distance": distance, "kl": kl}
+        log["distance"] = distance
+        log["kl"] = kl
         return loss + likeness + beta * kl, log
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ class FlowGAN(nn.Module):
     """(4): a flow, whose samples a critic judges. One image in eight meets it, as a likelihood is
     cheap and wants many images. See flow.py for the flow's equations."""
 
-    defaults = dict(train_steps=1500, batch_size=128, gamma=1.0, weight=0.02)
+    defaults = dict(train_steps=1500, batch_size=128, gamma=1.0, weight=0.02, beta1=0.5, hide=0.1)
 
     def __init__(self, shape, vocabulary, width=64, noise=0.15):
         super().__init__()
@@ -340,7 +340,7 @@ class FlowGAN(nn.Module):
 class DiffusionGAN(nn.Module):
     """(5): a diffusion model of few steps, each of which is drawn by a generator."""
 
-    defaults = dict(train_steps=1500, batch_size=32, gamma=0.05, weight=1.0)
+    defaults = dict(train_steps=1500, batch_size=32, gamma=0.05, weight=1.0, beta1=0.0, hide=0.03)
     steps = 4
 
     def __init__(self, shape, vocabulary, width=64, latent=12):
@@ -382,7 +382,8 @@ class DiffusionGAN(nn.Module):
         x_t = (1 - t) * x + t * torch.randn_like(x)
         eps = torch.randn_like(x)
         real = self.step(x, x_t, k, eps)
-        fake = self.step(self.denoise(x_t, k, c), x_t, k, eps)
+        x_hat = self.denoise(x_t, k, c)
+        fake = self.step(x_hat, x_t, k, eps)
         own = 10 * F.mse_loss(fake, real)
         beside = torch.cat([x_t, x_t])
 
@@ -397,11 +398,11 @@ class DiffusionGAN(nn.Module):
     @torch.no_grad()
     def sample(self, z, c):
         """z ~ N(0, I) (B, C, H, W), c (B, E) -> x in [-1, 1], in T steps from x_1 = z."""
-        x = z
         for i in range(self.steps, 0, -1):
             k = torch.full((len(z),), i, device=z.device)
-            x = self.step(self.denoise(x, k, c), x, k, torch.randn_like(x))
-        return x.clamp(-1, 1)
+            x = self.denoise(z, k, c)
+            z = self.step(x, z, k, torch.randn_like(z))
+        return z.clamp(-1, 1)
 
 
 MODELS = {"vae-gan": VAEGAN, "flow-gan": FlowGAN, "diffusion-gan": DiffusionGAN}
@@ -464,7 +465,7 @@ def train(args):
     if hasattr(model, "fit"):
         model.fit(x)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.5, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(args.beta1, 0.99), fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     for name, part in parts.items() if args.resume else ():
         part.load_state_dict(checkpoint[name])
@@ -480,10 +481,10 @@ def train(args):
         torch.manual_seed(hash((args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
         # hides some captions and some words, so that parts of a caption have a meaning too
-        seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
+        seen = torch.rand(len(i), 1 + ids.shape[1]) > args.hide
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = update / args.train_steps
-        beta = 100 ** (1 - 0.75 * progress)  # (3)
+        beta = 100 ** (1 - progress)  # (3)
         c = model.embed(words)
         images = x[i] / 127.5 - 1
         loss, log = model.loss(images, c, args.gamma, args.weight, beta)

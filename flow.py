@@ -15,7 +15,7 @@ dequantization: most pixels are exactly black, without noise the density spikes 
 errors become grey dots (noise as in TarFlow, Zhai et al. 2024, which also has (6), a heuristic).
 Samples show the likeliest k of (7). With w = 1, (5) is the inverse of (3).
 
-  python flow.py --train                                       from nothing to digits, in minutes
+  python flow.py --train   5 minutes on two AVX-512 cores, torch 2.13.0, fp32: FLD 16.6 (n = 1)
 """
 
 import argparse

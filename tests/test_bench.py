@@ -426,3 +426,9 @@ class TestDatasets:
         assert 0 < found["kl"] < 0.2
         one = datasets.modes(first, x[:1].repeat(50, 1, 1, 1))
         assert (one["modes"], one["kl"]) == (1, pytest.approx(math.log(1000)))
+
+
+def test_the_pages_have_the_table_of_the_results():
+    table = report.main_table(report.RESULTS)
+    for page in report.PAGES:
+        assert table in (report.ROOT / page).read_text()

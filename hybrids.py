@@ -11,7 +11,7 @@
     a = (1 - t) / (1 - s),   q = t^2 - (a s)^2                                                 (6)
 
 (3): Larsen et al. 2016. The distance of the critic's features phi replaces most of the pixels', as
-the critic sees blur; beta falls from 100 to 1. The two logarithms are bits of normals with the best
+the critic sees blur; beta falls from 100 to 8. The two logarithms are bits of normals with the best
 variance (Rybkin et al. 2021); the small second one keeps training steady. (4): Grover et al. 2018.
 D sees real and fake images with the noise of flow.py. (5): Xiao et al. 2022. Over a long step q(x_s
 | x_t) is no normal, so in few steps G needs a z of its own; L keeps x^ near x (as in Xu et al.
@@ -484,7 +484,7 @@ def train(args):
         seen = torch.rand(len(i), 1 + ids.shape[1]) > args.hide
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = update / args.train_steps
-        beta = 100 ** (1 - progress)  # (3)
+        beta = 100 * 0.08**progress  # (3)
         c = model.embed(words)
         images = x[i] / 127.5 - 1
         loss, log = model.loss(images, c, args.gamma, args.weight, beta)

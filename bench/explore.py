@@ -86,8 +86,23 @@ def walk(model, z, c):
     return [frame[most] for frame in frames]
 
 
+def rows_written(model, z, c):
+    """An image while it is written, every fourth row."""
+    x, frames = model.sample(z, c), []
+    for n in range(0, x.shape[2] + 1, 4):
+        frames.append(x.clone())
+        frames[-1][:, :, n:] = -1
+    return frames
+
+
+def leaps(model, z, c):
+    """The image of one jump, of two, four and eight."""
+    return [model.sample(z, c, steps=n) for n in (1, 2, 4, 8)]
+
+
 # the member that tells how a model comes to an image, and what shows it
 PATHS = {"velocity": steps, "denoise": jumps, "couplings": layers, "decode": walk}
+PATHS |= {"window": rows_written, "mean_velocity": leaps}
 
 
 def plot_losses(run):
@@ -127,7 +142,10 @@ def main(argv=None):
         some = x[chosen].to(args.device) / 127.5 - 1
         ids = model.tokenize([captions[i] for i in chosen]).to(args.device)
         code = model.encode(some, model.embed(ids))
-        back = model.sample(code, model.embed(ids), **models.plain(name))
+        undone = models.plain(name)
+        if "sampler" in models.options(name):
+            undone["sampler"] = "ddim"  # which adds no noise
+        back = model.sample(code, model.embed(ids), **undone)
         rows = [("held out", some), ("encoded and sampled again", back)]
         picture(args.run / "reconstruction.png", rows)
     show = next(show for member, show in PATHS.items() if hasattr(model, member))

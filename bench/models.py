@@ -30,17 +30,19 @@ MODELS = {
     "vae-gan": "hybrids.VAEGAN",
     "flow-gan": "hybrids.FlowGAN",
     "diffusion-gan": "hybrids.DiffusionGAN",
+    "autoregressive": "bench.autoregressive.Autoregressive",
+    "one-step": "bench.one_step.OneStep",
 }
 
 
 def script(name):
     """The script of the model, as a module."""
-    return importlib.import_module(MODELS[name].split(".")[0])
+    return importlib.import_module(MODELS[name].rpartition(".")[0])
 
 
 def network(name):
     """The class of the model."""
-    return getattr(script(name), MODELS[name].split(".")[1])
+    return getattr(script(name), MODELS[name].rpartition(".")[2])
 
 
 def fresh(name, shape, vocabulary, device="cpu", **args):
@@ -65,7 +67,7 @@ def flags(name, *argv):
 
 def train(name, run, *argv):
     """Trains the model in a process of its own, from where its run stands."""
-    call = [sys.executable, f"{script(name).__name__}.py", "--train", *choice(name)]
+    call = [sys.executable, "-m", script(name).__name__, "--train", *choice(name)]
     if Path(run, "checkpoint.pt").exists():
         call.append("--resume")
     call += ["--out", str(Path(run).resolve()), *argv]
@@ -102,8 +104,11 @@ def settings(name, steps=(1, 2, 4, 10)):
     ways = {name: {}}
     if options(name) != options(name) | plain(name):
         ways[f"{name}, guidance 1"] = plain(name)
+    few = {"sampler": "dpm"} if "sampler" in options(name) else {}
     for n in steps if "steps" in options(name) else ():
-        ways[f"{name}, {n} step{'s' * (n > 1)}"] = {"steps": n}
+        if n != options(name)["steps"]:
+            label = name, *few.values(), f"{n} step{'s' * (n > 1)}"
+            ways[", ".join(label)] = {"steps": n, **few}
     return ways
 
 

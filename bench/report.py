@@ -127,9 +127,9 @@ def main_table(folder):
         obeyed = statistics.fmean(value["mean"] for value in row["agreement"].values())
         model, lines = "real images", "-"
         if name in MODELS:
-            file = Path(script(name).__file__)
-            model = f"[{name}]({file.name})"
-            lines = len(file.read_text().splitlines())
+            file = script(name).__name__.replace(".", "/") + ".py"
+            model = f"[{name}]({file})"
+            lines = len(Path(script(name).__file__).read_text().splitlines())
         cells = [model, row.get("evaluations", "-"), significant(rate.get(name))]
         cells += [number(row["fld"], 1), f"{100 * obeyed:.0f}%", bits(row), lines]
         body.append(cells)
@@ -227,7 +227,7 @@ def plot_quality_against_speed(folder):
         return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    curve = [point for name, point in points.items() if "step" in name or name == "diffusion"]
+    curve = [point for name, point in points.items() if name.startswith("diffusion, dpm")]
     axes.plot(*np.array(sorted(curve)).reshape(-1, 2).T, color="tab:gray", zorder=1)
     style = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
     for name, point in points.items():

@@ -29,9 +29,10 @@ MODES = ("eager", "eager bf16", "compiled") if DEVICE == "cuda" else ("eager",)
 
 WAYS = {}  # to sample: label -> the model's name, options of its sample
 for name in models.MODELS:
-    for label, options in models.settings(name, STEPS).items():
+    steps = STEPS if "sampler" in models.options(name) else (2, 4)
+    for label, options in models.settings(name, steps).items():
         WAYS[label] = name, options
-    for sampler in ("ddim", "ddpm") if "sampler" in models.options(name) else ():
+    for sampler in ("ddim", "dpm") if "sampler" in models.options(name) else ():
         WAYS[f"{name}, {sampler}"] = name, {"sampler": sampler}
 
 

@@ -1,0 +1,192 @@
+"""Diffusion in one step: a trained network learns to jump, where its sampler walks.
+
+  u(z_t, t, h) = the mean of v along the path that dz/dt = v takes from t down to t - h          (1)
+  z_{t-h} = z_t - h u(z_t, t, h),   a jump; u(z_t, t, 0) = v(z_t, t)                             (2)
+  u(z_t, t, h) = a v(z_t, t) + (1 - a) u(z_{t-ah}, t - a h, (1 - a) h),   0 < a <= 1             (3)
+  z_{t-ah} = z_t - a h v(z_t, t), up to an error that vanishes with a                            (4)
+  loss = E m / (sg(m) + 1e-3),   m the mean square of u_theta - sg(the right side of (3))        (5)
+
+(1), (2): MeanFlow (Geng et al. 2025, equation 3). (3) to (5): alpha-Flow (Zhang et al. 2025), whose
+loss needs no derivative of the network; sg stops the gradient. v is what diffusion.py has learned,
+with guidance, so that a jump obeys its text without a second evaluation. a falls from 1, where u is
+v, to 0.05. The network reads h beside the text, as c + h f(h), where f starts at zero.
+
+  python diffusion.py --train
+  python -m bench.one_step --train
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import diffusion
+from bench import models, report
+
+NAME = Path(__file__).stem
+
+
+class OneStep(nn.Module):
+    """A diffusion model of which a step may have any length."""
+
+    def __init__(self, shape, vocabulary, width=64):
+        super().__init__()
+        self.net = diffusion.Diffusion(shape, vocabulary, width)
+        self.args, self.latent_shape = self.net.args, shape
+        self.embed, self.tokenize = self.net.embed, self.net.tokenize
+        dim = 4 * width
+        self.length = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))
+        nn.init.zeros_(self.length[-1].weight)
+        nn.init.zeros_(self.length[-1].bias)
+
+    def mean_velocity(self, z, t, h, c):
+        """u of (1) for z (B, C, H, W), t and h numbers or (B, 1), c (B, E)."""
+        h = torch.zeros_like(c[:, :1]) + h
+        return self.net.velocity(z, t, c + h * self.length(h))
+
+    @torch.no_grad()
+    def target(self, z, t, h, c, v, a):
+        """The right side of (3) for t and h (B, 1), with (4)."""
+        z = z - (a * h)[..., None, None] * v
+        return a * v + (1 - a) * self.mean_velocity(z, t - a * h, (1 - a) * h, c)
+
+    def loss(self, x, c, teacher=None, a=1.0, guidance=1.4):
+        """(5) for x (B, C, H, W) in [-1, 1], c (B, E), and what is logged. teacher(z, t, c,
+        guidance) is v; without one, v is the model's own at h = 0."""
+        t = torch.rand(len(x), 1, device=x.device).sqrt()  # more of the large t, where jumps begin
+        h = t * torch.rand_like(t)
+        whole = torch.rand_like(t) < 0.25
+        t, h = torch.where(whole, 1, t), torch.where(whole, 1, h)
+        z = torch.lerp(x, torch.randn_like(x), t[..., None, None])
+        with torch.no_grad():
+            v = (teacher or self.net.velocity)(z, t, c, guidance)
+        error = self.mean_velocity(z, t, h, c) - self.target(z, t, h, c, v, a)
+        m = error.square().mean((1, 2, 3))
+        loss = (m / (m.detach() + 1e-3)).mean()                                # (5)
+        return loss, {"loss": loss, "error": m.mean()}
+
+    @torch.no_grad()
+    def sample(self, z, c, steps=1):
+        """z ~ N(0, I) (B, C, H, W), c (B, E) -> x in [-1, 1], by as many jumps of equal length."""
+        for t, s in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
+            z = z - (t - s) * self.mean_velocity(z, t, t - s, c)               # (2)
+        return z.clamp(-1, 1)
+
+
+def load(run, device="cpu"):
+    """The model of a run with averaged weights, and its checkpoint, read without running code."""
+    try:
+        checkpoint = torch.load(Path(run, "checkpoint.pt"), "cpu", weights_only=True)
+        model = OneStep(**checkpoint["args"])
+        model.load_state_dict(checkpoint["ema"])
+    except Exception as error:
+        raise SystemExit(f"{run} holds no run of bench.{NAME}: {type(error).__name__}") from None
+    return model.to(device, memory_format=torch.channels_last), checkpoint
+
+
+def train(args):
+    """Trains up to update args.train_steps, from a run of diffusion.py or the last checkpoint."""
+    x, captions = diffusion.load_data(args.data)
+    run = args.run or args.out.parent / "diffusion"
+    teacher, start = diffusion.load(run, args.device)
+    teacher.requires_grad_(False)
+    torch.manual_seed(args.seed)
+    new = {"script": NAME, "name": "one-step", "args": start["args"]}
+    new |= {"captions": captions, "update": 0}
+    checkpoint = load(args.out)[1] if args.resume else new
+    model = OneStep(**checkpoint["args"])
+    model.net.load_state_dict(teacher.state_dict())
+    model.to(memory_format=torch.channels_last)
+    model.embed.requires_grad_(False)  # so that the teacher understands c
+    x, ids = x.to(args.device), model.tokenize(captions)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), fused=True)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    for name, part in parts.items() if args.resume else ():
+        part.load_state_dict(checkpoint[name])
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    for update in tqdm(range(checkpoint["update"] + 1, args.train_steps + 1)):
+        torch.manual_seed(hash((args.seed, update)))
+        i = torch.randint(len(x), (args.batch_size,))
+        progress = update / args.train_steps
+        a = max(0.05, 1 / (1 + math.exp(20 * progress - 6)))  # of (3)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            loss, log = model.loss(x[i] / 127.5 - 1, model.embed(ids[i]), teacher.velocity, a)
+        optimizer.zero_grad()
+        loss.backward()
+        log["grad_norm"] = nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
+        optimizer.step()
+        for average, p in zip(ema.parameters(), model.parameters()):
+            average.lerp_(p.detach(), 9 / (9 + update))
+        save = update % args.checkpoint_every == 0 or update == args.train_steps
+        if not (save or update % 10 == 0):
+            continue
+        log = {name: value.item() for name, value in log.items()}
+        if not all(map(math.isfinite, log.values())):
+            raise SystemExit(f"the loss is not finite at update {update}: lower --lr")
+        with open(args.out / "log.jsonl", "a") as file:
+            print(json.dumps({"update": update, **log}), file=file)
+        if save:
+            checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+            checkpoint["update"] = update
+            torch.save(checkpoint, args.out / "checkpoint.tmp")
+            os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
+
+
+def sample(args):
+    """Draws args.images images for texts, or for captions of the training set: samples.png."""
+    model, checkpoint = load(args.out, args.device)
+    texts = args.caption or checkpoint["captions"]
+    captions = [texts[i] for i in models.evenly(args.images, len(texts))]
+    x = models.draw(model, captions, args.seed, steps=args.steps)
+    if args.npz:
+        np.savez_compressed(args.npz, x=x.movedim(1, 3).numpy(), y=captions)
+    titles = [f"{caption}, ..." for caption in captions[:80:8]]
+    rows = (x[:80] / 127.5 - 1).split(8)
+    report.picture(args.out / "samples.png", list(zip(titles, rows)))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(usage="see the top of the file, and --help")
+    flag = parser.add_argument
+    flag("--train", action="store_true", help="teach a run of diffusion.py to jump, then draw")
+    flag("--sample", action="store_true", help="draw with the model in --out")
+    flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
+    flag("--run", type=Path, help="of diffusion.py [the folder diffusion beside --out]")
+    flag("--out", type=Path, default=Path("runs/one-step"), help="the folder of the new run")
+    flag("--data", help="an .npz of images x and texts y; without it, 5,000 captioned digits")
+    flag("--seed", type=int, default=0)
+    flag("--device", default=models.HERE, choices=sorted({models.HERE, "cpu"}))
+    flag("--width", type=int, help=argparse.SUPPRESS)  # is the run's; bench tells it to all models
+    flag("--train-steps", type=int, default=2500, help="updates")
+    flag("--batch-size", type=int, default=16, help="images an update")
+    flag("--lr", type=float, default=1e-3)
+    flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
+    flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
+    flag("--caption", action="append", help="what to draw; may be repeated")
+    flag("--npz", type=Path, help="also write the images x and their captions y to this file")
+    flag("--steps", type=int, default=1, help="jumps")
+    args = parser.parse_args(argv)
+    if args.train and not args.resume and (args.out / "checkpoint.pt").exists():
+        parser.error(f"{args.out} holds a run: add --resume, or take another --out")
+    torch.set_default_device(args.device)
+    if args.train:
+        train(args)
+    elif not args.sample:
+        return parser.print_help()
+    sample(args)
+
+
+if __name__ == "__main__":
+    main()

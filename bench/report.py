@@ -26,6 +26,22 @@ RESULTS = ROOT / "bench/results"
 PAGES = "README.md", "docs/README.zh.md"
 FIGURES = "precision", "recall", "density", "coverage", "sharpness", "nearest", "diversity"
 
+CLAIMS = (  # statement, of which way to sample, against which, in what, and whether more is better
+    ("a GAN is sharper than a VAE", "gan", "vae", "sharpness", 1),
+    ("a critic makes a VAE sharper", "vae-gan", "vae", "sharpness", 1),
+    ("a critic makes a flow better", "flow-gan", "flow", "fld", -1),
+    ("a critic helps in four steps", "diffusion-gan", "diffusion, dpm, 4 steps", "fld", -1),
+    ("guidance makes diffusion obey", "diffusion", "diffusion, guidance 1", "obeyed", 1),
+    ("guidance costs diffusion variety", "diffusion", "diffusion, guidance 1", "recall", -1),
+    ("guidance makes a flow obey", "flow", "flow, guidance 1", "obeyed", 1),
+    ("guidance costs a flow variety", "flow", "flow, guidance 1", "recall", -1),
+    ("twenty steps beat one jump", "diffusion", "one-step", "fld", -1),
+    ("one jump beats one plain step", "one-step", "diffusion, dpm, 1 step", "fld", -1),
+    ("one jump is faster than twenty steps", "one-step", "diffusion", "images/s", 1),
+    ("value by value is slower than a GAN", "autoregressive", "gan", "images/s", -1),
+    ("value by value is slower than twenty steps", "autoregressive", "diffusion", "images/s", -1),
+)
+
 
 def environment(device="cpu"):
     """Where figures are from."""
@@ -124,17 +140,43 @@ def main_table(folder):
         if name not in rows:
             continue
         row = rows[name]
-        obeyed = statistics.fmean(value["mean"] for value in row["agreement"].values())
         model, lines = "real images", "-"
         if name in MODELS:
             file = script(name).__name__.replace(".", "/") + ".py"
-            model = f"[{name}]({file})"
+            model = f"[{name}](/{file})"  # from the root, in any folder's page
             lines = len(Path(script(name).__file__).read_text().splitlines())
         cells = [model, row.get("evaluations", "-"), significant(rate.get(name))]
-        cells += [number(row["fld"], 1), f"{100 * obeyed:.0f}%", bits(row), lines]
+        cells += [number(row["fld"], 1), f"{100 * obeyed(row)['mean']:.0f}%", bits(row), lines]
         body.append(cells)
     head = "model", "evaluations an image", "images/s", "FLD", "text obeyed", "bits/dim"
     return table([*head, "lines of its file"], body)
+
+
+def obeyed(row):
+    """Mean and deviation of the share of attributes that are as asked."""
+    shares = row["agreement"].values()
+    return {key: statistics.fmean(share[key] for share in shares) for key in ("mean", "std")}
+
+
+def claims_table(rows, rate):
+    """CLAIMS with their figures. One holds if the first mean is better than the second by more
+    than both deviations over sampling seeds together. One training seed stands behind a row."""
+    body = []
+    for statement, first, second, figure, sign in CLAIMS:
+        values = []
+        for label in (first, second):
+            row = rows.get(label, {})
+            if "agreement" in row and label in rate:
+                speed = {"mean": rate[label], "std": 0.0}
+                values.append({**row, "obeyed": obeyed(row), "images/s": speed}[figure])
+        if len(values) == 2:
+            a, b = values
+            holds = sign * (a["mean"] - b["mean"]) > a["std"] + b["std"]
+            cells = [number(value) for value in values]
+            if figure == "images/s":
+                cells = [significant(value["mean"]) for value in values]
+            body.append([statement, first, second, figure, *cells, "yes" if holds else "no"])
+    return table(["claim", "first", "second", "figure", "of first", "of second", "holds"], body)
 
 
 def quality_table(rows):
@@ -194,6 +236,9 @@ def results(folder):
         quality, speed = read(part / "quality.json"), read(part / "speed.json")
         if quality:
             parts += [f"## Quality{name}", quality_table(quality["rows"]), where(quality)]
+        if quality and speed:
+            holds = claims_table(quality["rows"], rates(speed))
+            parts += [f"## Claims{name}", claims_table.__doc__.replace("\n    ", " "), holds]
         if speed:
             parts += [f"## Speed of sampling{name}", speed_table(speed), where(speed)]
             parts += [f"## Speed of training{name}", training_table(speed), where(speed)]

@@ -66,17 +66,20 @@ def fill_zeros(model):
     return model
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A file of 40 images of 8 x 8, light in one half, and captions that say which and how much."""
-    x = np.random.default_rng(0).integers(0, 40, (40, 8, 8), np.uint8)
-    y = ["dark left", "bright left", "dark right", "bright right"] * 10
+def halves(path, n):
+    """A file of n images of 8 x 8, light in one half, and captions that say which and how much."""
+    x = np.random.default_rng(0).integers(0, 40, (n, 8, 8), np.uint8)
+    y = ["dark left", "bright left", "dark right", "bright right"] * (n // 4)
     for image, caption in zip(x, y):
         half = image[:, 4:] if "right" in caption else image[:, :4]
         half += np.uint8(200 if "bright" in caption else 90)
-    path = tmp_path_factory.mktemp("data") / "data.npz"
     np.savez(path, x=x, y=y)
     return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return halves(tmp_path_factory.mktemp("data") / "data.npz", 40)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import halves
 from torch import nn
 
 import prior
@@ -25,19 +26,6 @@ def bytes_of(*shape, top=256):
     """Random bytes under top, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(top, shape, generator=generator).byte()
-
-
-def halves(path, n):
-    """n images of 8x8, bright or dark, in halves, and captions that say which."""
-    x, y = bytes_of(n, 1, 8, 8)[:, 0] // 4, []
-    for i in range(n):
-        light = ("bright", "dark")[i // 7 % 2]
-        half = ("left", "right")[i // 3 % 2]
-        part = x[i, :, :4] if half == "left" else x[i, :, 4:]
-        part += 180 if light == "bright" else 80
-        y.append(f"{light} {half}")
-    np.savez(path, x=x.numpy(), y=y)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +345,7 @@ class TestBenchmark:
         assert rows["flow"]["fld"]["std"] > 0
         assert rows["flow"]["seeds"] == [0, 1, 2]
         assert (out / "samples.png").exists()
-        assert "| [vae](vae.py) | 1 | - |" in capsys.readouterr().out
+        assert "| [vae](/vae.py) | 1 | - |" in capsys.readouterr().out
         report.write(out / "quality.json", {**results, "device": "another"})
         assert "another" in error_of(bench.main, argv)
 
@@ -400,7 +388,7 @@ class TestBenchmark:
         report.main()
         readme = (tmp_path / "README.md").read_text()
         lines = len((models.ROOT / "flow.py").read_text().splitlines())
-        cells = f"| [flow](flow.py) | 2 | 1,234 | 0.5 ± 0.1 | 70% | 1.23 (bound) | {lines} |"
+        cells = f"| [flow](/flow.py) | 2 | 1,234 | 0.5 ± 0.1 | 70% | 1.23 (bound) | {lines} |"
         assert readme.startswith("above\n<!-- table -->\n| model |") and "old" not in readme
         assert cells in readme and readme.endswith("|\n<!-- /table -->\nbelow\n")
         page = (tmp_path / "bench/RESULTS.md").read_text()
@@ -438,3 +426,12 @@ def test_the_pages_have_the_table_of_the_results():
     table = report.main_table(report.RESULTS)
     for page in report.PAGES:
         assert table in (report.ROOT / page).read_text()
+
+
+def test_the_example_of_the_pages_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models.script("vae").main("--train --device cpu --width 8 --train-steps 1 --images 1".split())
+    for page in report.PAGES:
+        names, text = {}, (report.ROOT / page).read_text()
+        exec(text.split("```python\n")[1].split("```")[0], names)
+        assert names["x"].shape == (16, 1, 28, 28)

@@ -27,10 +27,12 @@ def test_sample_is_a_standard_normal():
 def test_a_seed_decides_the_draw_or_else_the_global_generator():
     a, b, c = (prior.sample(4, 3, 2, seed=seed) for seed in (1, 1, 2))
     assert a.shape == (4, 3, 2)
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
     first, second = prior.sample(3, 2), prior.sample(3, 2, device="cpu")
     torch.manual_seed(0)  # that with which each test begins
-    assert torch.equal(prior.sample(3, 2), first) and not torch.equal(first, second)
+    assert torch.equal(prior.sample(3, 2), first)
+    assert not torch.equal(first, second)
 
 
 def test_log_prob_and_kl_are_those_of_torch():
@@ -72,10 +74,12 @@ def test_slerp_ends_where_it_should_and_keeps_length_and_speed():
     z0, z1 = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     z1 = z1 * (norms(z0) / norms(z1))[:, None, None]
     path = [prior.slerp(z0, z1, i / 10) for i in range(11)]
-    assert close(path[0], z0) and close(path[-1], z1)
+    assert close(path[0], z0)
+    assert close(path[-1], z1)
     strides = [norms(b - a) for a, b in zip(path, path[1:])]
     for z, stride in zip(path, strides):
-        assert close(norms(z), norms(z0)) and close(stride, strides[0])
+        assert close(norms(z), norms(z0))
+        assert close(stride, strides[0])
     rows = prior.slerp(z0, z1, torch.tensor([0.0, 0.3, 0.7, 1.0]))
     for row, i in enumerate((0, 3, 7, 10)):
         assert close(rows[row], path[i][row])

@@ -112,12 +112,11 @@ def test_torchrun_trains_and_draws_as_many_images_as_asked(data, tmp_path):
 
 
 def test_an_import_defines_and_does_nothing(tmp_path):
-    code = "import torch; state = torch.get_rng_state(); "
-    code += "import vae, gan, diffusion, flow, hybrids; "
-    code += "assert torch.equal(torch.get_rng_state(), state)"
+    code = "import torch; old = torch.get_rng_state(); import vae, gan, diffusion, flow, hybrids; "
+    code += "assert torch.equal(torch.get_rng_state(), old)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    call = [sys.executable, "-c", code]
-    done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
+    options = dict(cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], **options)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -161,18 +160,15 @@ def test_a_checkpoint_rebuilds_its_model(model, finished):
     assert not equal(dict(kept["model"]), dict(kept["ema"]))
     assert kept["args"].items() <= network.args.items()
     assert type(network)(**network.args).args == network.args
-
     c = network.embed(network.tokenize(["bright left", "", "dark right"]))
     z = prior.sample(3, *network.latent_shape)
     x = network.sample(z, c)
-    assert x.shape == (3, 1, 8, 8)
-    assert x.abs().max() <= 1
+    assert x.shape == (3, 1, 8, 8) and x.abs().max() <= 1
     if model not in ("gan", "diffusion-gan"):
         assert network.encode(x, c).shape == z.shape
     loss, log = network.loss(x, c)
     row = logged(finished(model))[2]
-    assert loss.shape == ()
-    assert log.keys() <= row.keys()
+    assert loss.shape == () and log.keys() <= row.keys()
 
 
 @every_model

@@ -265,7 +265,7 @@ def main(argv=None):
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")
-    flag("--train-steps", type=int, default=1500, help="updates")
+    flag("--train-steps", type=int, default=1900, help="updates")
     flag("--batch-size", type=int, default=32, help="images an update, of all ranks together")
     flag("--lr", type=float, default=2e-3)
     flag("--width", type=int, default=192, help="of the transformer")

@@ -17,7 +17,7 @@ DDPM, a draw of q(z_s | z_t, x^) (Ho et al. 2020, equation 7). DPM-Solver++(2M) 
 replaced by (8), which continues the line through its last two values (Lu et al. 2022), and with the
 eps^ that (1) then gives.
 
-  python diffusion.py --train   4.1 minutes on two AVX-512 cores, torch 2.13, fp32: FLD 9.8 (n = 1)
+  python diffusion.py --train   4.1 minutes on two AVX-512 cores, torch 2.13, fp32: FLD 9.0 (n = 1)
   torchrun --nproc_per_node 2 diffusion.py --train             data-parallel
 """
 

@@ -12,7 +12,7 @@ z. (2) is a logistic about the location l(z, c), in bins of 2/255 of which the o
 decoder use the text. A sample shows l: it is blurred, an average of the images that z leaves open.
 The bits per dimension speak of (2), with its noise.
 
-  python vae.py --train   4.2 minutes on two AVX-512 cores, torch 2.13.0, fp32: FLD 15.6 (n = 1)
+  python vae.py --train   4.2 minutes on two AVX-512 cores, torch 2.13.0, fp32: FLD 15.2 (n = 1)
 """
 
 import argparse

@@ -6,8 +6,9 @@
 #
 # speed times all models as `pytest bench` does; MODEL trains one model and measures its quality.
 # RESULTS [bench/results/gpu] gets speed.json, or quality.json and pictures. Of several MODELs with
-# one RESULTS the rows are in one file. DATA names an .npz of bench.pack, else the data are the
-# built-in digits; COMMIT names the commit where there is no git.
+# one RESULTS the rows are in one file; one-step starts from the run of diffusion. DATA names an .npz
+# of bench.pack, else the data are the built-in digits; COMMIT names the commit where there is no
+# git.
 set -euo pipefail
 part=${1:?which part}
 results=$(realpath -m "${2:-$(dirname "$0")/results/gpu}")

@@ -282,7 +282,9 @@ def plot_quality_against_speed(folder):
         real = rows["real, held out"]["fld"]["mean"]
         axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")
         axes.legend(frameon=False)
-    axes.margins(0.1)
+    axes.margins(0.15)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FLD (lower is better)")
     figure.savefig(folder / "quality_speed.png", dpi=150)
 

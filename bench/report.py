@@ -274,8 +274,9 @@ def plot_quality_against_speed(folder):
     axes = figure.subplots()
     curve = [point for name, point in points.items() if name.startswith("diffusion, dpm")]
     axes.plot(*np.array(sorted(curve)).reshape(-1, 2).T, color="tab:gray", zorder=1)
-    style = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
     for name, point in points.items():
+        below = name == "vae" or name.startswith("one-step")  # labels that others would cover
+        style = {"xytext": (4, -10 if below else 4), "textcoords": "offset points", "fontsize": 7}
         axes.scatter(*point, color="tab:blue" if name in MODELS else "tab:gray")
         axes.annotate(name.removeprefix("diffusion, "), point, **style)
     if "real, held out" in rows:
@@ -283,9 +284,9 @@ def plot_quality_against_speed(folder):
         axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")
         axes.legend(frameon=False)
     axes.margins(0.15)
+    axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FLD (lower is better)")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
-    axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FLD (lower is better)")
     figure.savefig(folder / "quality_speed.png", dpi=150)
 
 

@@ -24,7 +24,7 @@ def writer(side, channels=1):
     """A small autoregressive model, in double precision, of images whose values are 0 to 3."""
     shape = channels, side, side
     model = Autoregressive(shape, ["a"], width=8, hidden=8)
-    randomized(model.double(), 0.3)
+    randomized(model.double(), 0.6)
     model.out[-1].bias[4:] = -1e6
     return model
 

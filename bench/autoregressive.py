@@ -16,14 +16,11 @@ evaluation of (3) for each value, one after the other: the other models draw all
   python -m bench.autoregressive --train     7.9 minutes on two AVX-512 cores: FLD 9.2 (n = 1)
 """
 
-import argparse
 import copy
-import json
 import math
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,7 +29,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 from tqdm import tqdm
 
-import prior
+from bench import runs
 from vae import Text, load_data
 
 NAME = Path(__file__).stem
@@ -167,12 +164,7 @@ class Autoregressive(nn.Module):
 
 def load(run, device="cpu"):
     """The model of a run with averaged weights, and its checkpoint, read without running code."""
-    try:
-        checkpoint = torch.load(Path(run, "checkpoint.pt"), "cpu", weights_only=True)
-        model = Autoregressive(**checkpoint["args"])
-        model.load_state_dict(checkpoint["ema"])
-    except Exception as error:
-        raise SystemExit(f"{run} holds no run of bench.{NAME}: {type(error).__name__}") from None
+    model, checkpoint = runs.load(Autoregressive, run, NAME)
     return model.to(device), checkpoint
 
 
@@ -216,35 +208,14 @@ def train(args):
         optimizer.step()
         for average, p in zip(ema.parameters(), model.parameters()):
             average.lerp_(p.detach(), 9 / (9 + update))  # over the last tenth of the updates
-        save = update % args.checkpoint_every == 0 or update == args.train_steps
-        if RANK > 0 or not (save or update % 10 == 0):
-            continue
-        log = {name: value.item() for name, value in log.items()}
-        if not all(map(math.isfinite, log.values())):
-            raise SystemExit(f"the loss is not finite at update {update}: lower --lr")
-        with open(args.out / "log.jsonl", "a") as file:
-            print(json.dumps({"update": update, **log}), file=file)
-        if save:
-            checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-            checkpoint["update"] = update
-            torch.save(checkpoint, args.out / "checkpoint.tmp")
-            os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
+        if RANK == 0:
+            runs.record(args, update, log, checkpoint, parts)
 
 
 def sample(args):
     """Draws args.images images for texts, or for captions of the training set: samples.png."""
-    model, checkpoint = load(args.out, args.device)
-    texts = args.caption or checkpoint["captions"]
-    captions = [texts[i * len(texts) // args.images] for i in range(args.images)]
-    torch.manual_seed(args.seed)
-    images = []
-    for ids in tqdm(model.tokenize(captions).split(100), f"{args.out}/samples.png"):
-        z = prior.sample(len(ids), *model.latent_shape)
-        x = model.sample(z, model.embed(ids))
-        images.append((127.5 * (x + 1)).round().byte())
-    images = rearrange(torch.cat(images), "n c h w -> n h w c").cpu().numpy()
-    if args.npz:
-        np.savez_compressed(args.npz, x=images, y=captions)
+    x, captions = runs.draw(args, *load(args.out, args.device))
+    images = rearrange(x, "n c h w -> n h w c").numpy()
     plt.figure(figsize=(20, 25))
     for i, image in enumerate(images[:80]):
         plt.subplot(10, 8, i + 1, title=captions[i])
@@ -254,30 +225,13 @@ def sample(args):
 
 
 def main(argv=None):
-    here = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    parser = argparse.ArgumentParser(usage="see the top of the file, and --help")
-    flag = parser.add_argument
-    flag("--train", action="store_true", help="train a model, then draw with it")
-    flag("--sample", action="store_true", help="draw with the model in --out")
-    flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
-    flag("--out", type=Path, default=Path("runs", NAME), help="the folder of the run")
-    flag("--data", help="an .npz of images x and texts y; without it, 5,000 captioned digits")
-    flag("--seed", type=int, default=0)
-    flag("--device", default=here, choices=sorted({here, "cpu"}))
-    flag("--compile", action="store_true", help="torch.compile the network")
-    flag("--train-steps", type=int, default=1900, help="updates")
-    flag("--batch-size", type=int, default=32, help="images an update, of all ranks together")
-    flag("--lr", type=float, default=2e-3)
-    flag("--width", type=int, default=192, help="of the transformer")
-    flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
-    flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
-    flag("--caption", action="append", help="what to draw; may be repeated")
-    flag("--npz", type=Path, help="also write the images x and their captions y to this file")
+    parser = runs.parser(out=Path("runs", NAME), train_steps=1900, batch_size=32, lr=2e-3)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    parser.add_argument("--width", type=int, default=192, help="of the transformer")
     args = parser.parse_args(argv)
     if args.width % 8:
         parser.error("--width takes a multiple of 8")
-    if args.train and not args.resume and (args.out / "checkpoint.pt").exists():
-        parser.error(f"{args.out} holds a run: add --resume, or take another --out")
+    runs.refuse_to_overwrite(parser, args)
     torch.set_default_device(args.device)
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

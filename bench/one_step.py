@@ -15,21 +15,18 @@ v, to 0.05. The network reads h beside the text, as c + h f(h), where f starts a
   python -m bench.one_step --train   7.6 minutes on one AVX-512 core: FLD 15.2; 4 jumps: 9.2 (n = 1)
 """
 
-import argparse
 import copy
-import json
 import math
-import os
+from argparse import SUPPRESS
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import diffusion
-from bench import models, report
+from bench import report, runs
 
 NAME = Path(__file__).stem
 
@@ -83,12 +80,7 @@ class OneStep(nn.Module):
 
 def load(run, device="cpu"):
     """The model of a run with averaged weights, and its checkpoint, read without running code."""
-    try:
-        checkpoint = torch.load(Path(run, "checkpoint.pt"), "cpu", weights_only=True)
-        model = OneStep(**checkpoint["args"])
-        model.load_state_dict(checkpoint["ema"])
-    except Exception as error:
-        raise SystemExit(f"{run} holds no run of bench.{NAME}: {type(error).__name__}") from None
+    model, checkpoint = runs.load(OneStep, run, NAME)
     return model.to(device, memory_format=torch.channels_last), checkpoint
 
 
@@ -129,57 +121,25 @@ def train(args):
         optimizer.step()
         for average, p in zip(ema.parameters(), model.parameters()):
             average.lerp_(p.detach(), 9 / (9 + update))
-        save = update % args.checkpoint_every == 0 or update == args.train_steps
-        if not (save or update % 10 == 0):
-            continue
-        log = {name: value.item() for name, value in log.items()}
-        if not all(map(math.isfinite, log.values())):
-            raise SystemExit(f"the loss is not finite at update {update}: lower --lr")
-        with open(args.out / "log.jsonl", "a") as file:
-            print(json.dumps({"update": update, **log}), file=file)
-        if save:
-            checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-            checkpoint["update"] = update
-            torch.save(checkpoint, args.out / "checkpoint.tmp")
-            os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
+        runs.record(args, update, log, checkpoint, parts)
 
 
 def sample(args):
     """Draws args.images images for texts, or for captions of the training set: samples.png."""
-    model, checkpoint = load(args.out, args.device)
-    texts = args.caption or checkpoint["captions"]
-    captions = [texts[i] for i in models.evenly(args.images, len(texts))]
-    x = models.draw(model, captions, args.seed, steps=args.steps)
-    if args.npz:
-        np.savez_compressed(args.npz, x=x.movedim(1, 3).numpy(), y=captions)
+    x, captions = runs.draw(args, *load(args.out, args.device), steps=args.steps)
     titles = [f"{caption}, ..." for caption in captions[:80:8]]
     rows = (x[:80] / 127.5 - 1).split(8)
     report.picture(args.out / "samples.png", list(zip(titles, rows)))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(usage="see the top of the file, and --help")
+    parser = runs.parser(out=Path("runs/one-step"), train_steps=2500, batch_size=16, lr=1e-3)
     flag = parser.add_argument
-    flag("--train", action="store_true", help="teach a run of diffusion.py to jump, then draw")
-    flag("--sample", action="store_true", help="draw with the model in --out")
-    flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
     flag("--run", type=Path, help="of diffusion.py [the folder diffusion beside --out]")
-    flag("--out", type=Path, default=Path("runs/one-step"), help="the folder of the new run")
-    flag("--data", help="an .npz of images x and texts y; without it, 5,000 captioned digits")
-    flag("--seed", type=int, default=0)
-    flag("--device", default=models.HERE, choices=sorted({models.HERE, "cpu"}))
-    flag("--width", type=int, help=argparse.SUPPRESS)  # is the run's; bench tells it to all models
-    flag("--train-steps", type=int, default=2500, help="updates")
-    flag("--batch-size", type=int, default=16, help="images an update")
-    flag("--lr", type=float, default=1e-3)
-    flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
-    flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
-    flag("--caption", action="append", help="what to draw; may be repeated")
-    flag("--npz", type=Path, help="also write the images x and their captions y to this file")
+    flag("--width", type=int, help=SUPPRESS)  # is the run's; bench tells it to all models
     flag("--steps", type=int, default=1, help="jumps")
     args = parser.parse_args(argv)
-    if args.train and not args.resume and (args.out / "checkpoint.pt").exists():
-        parser.error(f"{args.out} holds a run: add --resume, or take another --out")
+    runs.refuse_to_overwrite(parser, args)
     torch.set_default_device(args.device)
     if args.train:
         train(args)

@@ -101,8 +101,14 @@ def leaps(model, z, c):
 
 
 # the member that tells how a model comes to an image, and what shows it
-PATHS = {"velocity": steps, "denoise": jumps, "couplings": layers, "decode": walk}
-PATHS |= {"window": rows_written, "mean_velocity": leaps}
+PATHS = {
+    "velocity": steps,
+    "denoise": jumps,
+    "couplings": layers,
+    "decode": walk,
+    "window": rows_written,
+    "mean_velocity": leaps,
+}
 
 
 def plot_losses(run):

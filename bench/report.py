@@ -161,20 +161,17 @@ def obeyed(row):
 def claims_table(rows, rate):
     """CLAIMS with their figures. One holds if the first mean is better than the second by more
     than both deviations over sampling seeds together. One training seed stands behind a row."""
-    body = []
+    figures, body = {}, []
+    for label in rows.keys() & rate.keys():
+        speed = {"mean": rate[label], "std": 0.0}
+        figures[label] = {**rows[label], "obeyed": obeyed(rows[label]), "images/s": speed}
     for statement, first, second, figure, sign in CLAIMS:
-        values = []
-        for label in (first, second):
-            row = rows.get(label, {})
-            if "agreement" in row and label in rate:
-                speed = {"mean": rate[label], "std": 0.0}
-                values.append({**row, "obeyed": obeyed(row), "images/s": speed}[figure])
-        if len(values) == 2:
-            a, b = values
+        if {first, second} <= figures.keys():
+            a, b = (figures[label][figure] for label in (first, second))
             holds = sign * (a["mean"] - b["mean"]) > a["std"] + b["std"]
-            cells = [number(value) for value in values]
+            cells = number(a), number(b)
             if figure == "images/s":
-                cells = [significant(value["mean"]) for value in values]
+                cells = significant(a["mean"]), significant(b["mean"])
             body.append([statement, first, second, figure, *cells, "yes" if holds else "no"])
     return table(["claim", "first", "second", "figure", "of first", "of second", "holds"], body)
 

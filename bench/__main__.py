@@ -4,6 +4,7 @@
   python -m bench --quick            an eighth of the updates and fewer samples: minutes
   python -m bench --data FILE.npz --models vae gan
   python -m bench --quick --width 32       other flags go to the training scripts
+  python -m bench --seeds                  also trains six GANs: are they stable, and why?
 
 writes quality.json, a row a way to sample, samples.png and quality_speed.png into --out. An
 interrupted call goes on where it stopped: a run is resumed, and a row that is there for the same
@@ -12,6 +13,8 @@ belongs into the same folder.
 """
 
 import argparse
+import json
+from itertools import product
 from pathlib import Path
 
 from bench import likelihood, models, report
@@ -32,13 +35,18 @@ def train(name, run, steps, *flags):
 
 def summary(measured):
     """Mean and spread of each figure of several measurements."""
-    row = {"n": measured[0]["n"]}
-    for figure, value in measured[0].items():
-        if isinstance(value, dict):
-            row[figure] = {k: report.spread([each[figure][k] for each in measured]) for k in value}
-        elif figure != "n":
-            row[figure] = report.spread([each[figure] for each in measured])
-    return row
+    if not isinstance(measured[0], dict):
+        return report.spread(measured)
+    return {figure: summary([each[figure] for each in measured]) for figure in measured[0]}
+
+
+def stability(run, judge, captions):
+    """Of a run of a GAN: what its samples are like, and sign_rate, how often its critic was right
+    in the last quarter of training."""
+    row = summary([judge.measure(models.draw(models.load(run)[0], captions, 0), captions)])
+    lines = (run / "log.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["sign_rate"] for line in lines]
+    return {**row, "sign_rate": report.spread(rates[-len(rates) // 4 :])}
 
 
 def main(argv=None):
@@ -49,7 +57,8 @@ def main(argv=None):
     flag("--out", type=Path, help="of the results [bench/results, or a folder beside the runs]")
     flag("--runs", type=Path, help="of the runs [runs, runs/DATA, runs/quick]")
     flag("--data", type=Path, help="an .npz of images and captions [built-in digits]")
-    flag("--models", nargs="+", choices=names, default=names)
+    flag("--seeds", action="store_true", help="the GAN from three training seeds, too")
+    flag("--models", nargs="*", choices=names, default=names)
     flag("--device", default=models.HERE, choices=sorted({models.HERE, "cpu"}))
     args, training = parser.parse_known_args(argv)
     data = str(args.data.resolve()) if args.data else None
@@ -71,6 +80,10 @@ def main(argv=None):
     for name in args.models:
         steps = models.flags(name, *flags).train_steps
         train(name, runs / name, steps // 8 if args.quick else steps, *flags)
+    penalties = list(product("10", "012")) if args.seeds else []
+    for gamma, seed in penalties:
+        steps = models.flags("gan", *flags).train_steps // (24 if args.quick else 3)
+        train("gan", runs / f"gan-{gamma}-{seed}", steps, *flags, "--gamma", gamma, "--seed", seed)
 
     print("a classifier of real images learns to read")
     judge = Judge(data)
@@ -94,14 +107,20 @@ def main(argv=None):
             print(f"measuring {label}", flush=True)
             drawn = [models.draw(model, captions, seed, **options) for seed in SEEDS]
             row = summary([judge.measure(x, captions) for x in drawn])
-            row |= {"seeds": SEEDS, "evaluations": models.cost(model, **options)[0]}
+            row |= {"seeds": SEEDS, "evaluations": models.cost(model, **options)["evaluations"]}
             if label == name:
                 some = 50 if args.quick else 500
                 given = judge.x_test, judge.captions_test
                 row["bits_per_dim"] = likelihood.measure(model, *given, some)
             add(label, row, **stamp)
 
-    report.picture(out / "samples.png", strips)
+    for gamma, seed in penalties:
+        row = stability(runs / f"gan-{gamma}-{seed}", judge, captions)
+        results.setdefault("seeds", {})[f"{gamma}, {seed}"] = row
+        report.write(path, results)
+
+    if strips:
+        report.picture(out / "samples.png", strips)
     report.plot_quality_against_speed(out)
     print(report.quality_table(rows))
     print(report.main_table(out))

@@ -16,24 +16,17 @@ evaluation of (3) for each value, one after the other: the other models draw all
   python -m bench.autoregressive --train     7.9 minutes on two AVX-512 cores: FLD 9.2 (n = 1)
 """
 
-import copy
 import math
-import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from matplotlib import pyplot as plt
 from torch import nn
-from tqdm import tqdm
 
 from bench import runs
 from vae import Text, load_data
 
-NAME = Path(__file__).stem
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 UP, LEFT, RIGHT = 4, 8, 2  # the window of (3): so many rows above, and pixels on either side
 
 
@@ -58,7 +51,8 @@ class Layer(nn.Module):
             v = torch.cat([past[1], v], 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=not past)
         h = h + self.out(rearrange(y, "b m n d -> b n (m d)"))
-        return h + self.mlp(self.norm2(h)), (k, v)
+        h = h + self.mlp(self.norm2(h))
+        return h, (k, v)
 
 
 class Autoregressive(nn.Module):
@@ -115,7 +109,8 @@ class Autoregressive(nn.Module):
         """The log of (1) for x (B, C, H, W) in [-1, 1] and c (B, E), (B,)."""
         k = (127.5 * (x + 1)).round().long()
         k = rearrange(k, "b c h w -> b h (w c)")
-        nats = F.cross_entropy(self(x, c).movedim(3, 1), k, reduction="none")
+        logits = self(x, c).movedim(3, 1)
+        nats = F.cross_entropy(logits, k, reduction="none")
         return -nats.sum((1, 2))
 
     def loss(self, x, c):
@@ -141,8 +136,10 @@ class Autoregressive(nn.Module):
             h = self.row(h).view(len(z), -1, self.hidden)
             for j, u_ij in enumerate(u_row):
                 window = padded[:, :, i : i + UP + 1, j : j + self.reach]
-                f = self.logits(window, h[:, j]).double().softmax(1).cumsum(1)
-                value = (f < u_ij).sum(1).clamp(max=255) / 127.5 - 1           # (5)
+                logits = self.logits(window, h[:, j])
+                f = logits.double().softmax(1).cumsum(1)
+                k = (f < u_ij).sum(1).clamp(max=255)                           # (5)
+                value = k / 127.5 - 1
                 rows[:, 0, i, j] = value
                 rows[:, 1, i, j] = (value > -1).float()
             above = rows[:, :, i, : len(u_row)]
@@ -163,84 +160,36 @@ class Autoregressive(nn.Module):
 
 
 def load(run, device="cpu"):
-    """The model of a run with averaged weights, and its checkpoint, read without running code."""
-    model, checkpoint = runs.load(Autoregressive, run, NAME)
-    return model.to(device), checkpoint
+    return runs.load(Autoregressive, run, device)
 
 
 def train(args):
     """Trains up to update args.train_steps, from nothing or on from the last checkpoint."""
     x, captions = load_data(args.data)
-    torch.manual_seed(args.seed)  # the same weights on every rank
+    torch.manual_seed(args.seed)
     vocabulary = sorted(set(" ".join(captions).split()))
     sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary, "width": args.width}
-    new = {"script": NAME, "args": sizes, "captions": captions, "update": 0}
+    new = {"script": "autoregressive", "args": sizes, "captions": captions}
+    new["update"] = 0
     checkpoint = load(args.out)[1] if args.resume else new
     model = Autoregressive(**checkpoint["args"])
-    x, ids = x.to(args.device), model.tokenize(captions)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    for name, part in parts.items() if args.resume else ():
-        part.load_state_dict(checkpoint[name])
-    for part in model.layers if args.compile else ():
-        part.compile()
-    if RANKS > 1:
-        dist.init_process_group()
-    args.out.mkdir(parents=True, exist_ok=True)
 
-    for update in tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0):
-        # seeded at each update, so that a resumed run draws what one that never stopped draws
-        torch.manual_seed(hash((args.seed, RANK, update)))
-        i = torch.randint(len(x), (args.batch_size // RANKS,))
+    def loss_of(images, ids, _):
         # hides some captions and some words, so that parts of a caption have a meaning too
-        seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.03
-        words = ids[i] * seen[:, :1] * seen[:, 1:]
-        progress = update / args.train_steps
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            loss, log = model.loss(x[i] / 127.5 - 1, model.embed(words))
-        optimizer.zero_grad()
-        (loss / RANKS).backward()
-        for p in model.parameters() if RANKS > 1 else ():
-            dist.all_reduce(p.grad)
-        log["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
-        optimizer.step()
-        for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))  # over the last tenth of the updates
-        if RANK == 0:
-            runs.record(args, update, log, checkpoint, parts)
+        seen = torch.rand(len(ids), 1 + ids.shape[1]) > 0.03
+        return model.loss(images, model.embed(ids * seen[:, :1] * seen[:, 1:]))
+
+    runs.train(args, model, checkpoint, x, captions, loss_of)
 
 
 def sample(args):
-    """Draws args.images images for texts, or for captions of the training set: samples.png."""
-    x, captions = runs.draw(args, *load(args.out, args.device))
-    images = rearrange(x, "n c h w -> n h w c").numpy()
-    plt.figure(figsize=(20, 25))
-    for i, image in enumerate(images[:80]):
-        plt.subplot(10, 8, i + 1, title=captions[i])
-        plt.imshow(image, "gray", vmin=0, vmax=255)
-        plt.axis("off")
-    plt.savefig(args.out / "samples.png", bbox_inches="tight", dpi=60)
+    runs.draw(args, *load(args.out, args.device))
 
 
 def main(argv=None):
-    parser = runs.parser(out=Path("runs", NAME), train_steps=1900, batch_size=32, lr=2e-3)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    parser = runs.parser(out=Path("runs/autoregressive"), train_steps=1900, batch_size=32, lr=2e-3)
     parser.add_argument("--width", type=int, default=192, help="of the transformer")
-    args = parser.parse_args(argv)
-    if args.width % 8:
-        parser.error("--width takes a multiple of 8")
-    runs.refuse_to_overwrite(parser, args)
-    torch.set_default_device(args.device)
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if args.train:
-        train(args)
-    elif not args.sample:
-        return parser.print_help()
-    if RANK == 0:
-        sample(args)
+    runs.start(parser, argv, train, sample)
 
 
 if __name__ == "__main__":

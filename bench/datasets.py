@@ -1,20 +1,15 @@
-"""Two data files made of the built-in digits, each for one question.
+"""Two data files made of the built-in digits: StackedMNIST (Metz et al. 2017) and unseen captions.
 
   python -m bench.datasets stacked stacked.npz     three random digits as red, green and blue, no
                                                    caption: how many of the 1,000 modes are found?
   python gan.py --train --data stacked.npz --out runs/stacked
   python gan.py --sample --out runs/stacked --images 26000 --npz samples.npz
-  python -m bench.datasets modes samples.npz       modes found, and the KL to the uniform in nats;
-                                                   26,000 perfect samples have 1,000 and 0.019
+  python -m bench.datasets modes samples.npz ...   modes found, and the KL to the uniform in nats,
+                                                   also into bench/results/stacked.json
 
   python -m bench.datasets unseen unseen.npz       without the training images of three captions:
                                                    are texts obeyed that were never seen together?
-  python diffusion.py --train --data unseen.npz --out runs/unseen
-  python diffusion.py --sample --out runs/unseen --images 300 --npz samples.npz
-      --caption "bold slanted two" --caption "thin upright five" --caption "bold upright eight"
-  python -m bench.quality samples.npz
-
-StackedMNIST as in Metz et al. 2017, of the 4,500 training images.
+  python -m bench --data unseen.npz --out bench/results/unseen
 """
 
 import argparse
@@ -26,11 +21,11 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from bench.models import held_out
+from bench import report
 from bench.pack import save
 from bench.quality import Judge, read_samples
 from bench.reader import DIGITS
-from vae import load_data
+from vae import captioned_digits, load_data
 
 UNSEEN = ("bold slanted two", "thin upright five", "bold upright eight")
 
@@ -45,17 +40,11 @@ def stacked(n=20_000):
 
 
 def unseen():
-    """The built-in data; of the captions in UNSEEN, the held-out images alone."""
-    x, captions = load_data()
-    x_test, captions_test = held_out()
-    captions = np.array(captions)
-    kept = ~np.isin(captions, UNSEEN)
-    return {
-        "x": x[:, 0].numpy()[kept],
-        "y": captions[kept],
-        "x_test": x_test[:, 0].numpy(),
-        "y_test": np.array(captions_test),
-    }
+    """The built-in data, of which all images of the captions in UNSEEN alone are held out."""
+    data = captioned_digits()
+    out = np.isin(data["y"], UNSEEN)
+    kept = {name: values[~out] for name, values in data.items()}
+    return kept | {f"{name}_test": values[out] for name, values in data.items()}
 
 
 def modes(reader, x):
@@ -68,26 +57,32 @@ def modes(reader, x):
         _, _, read = reader.classify(reader.features(channel))
         mode = 10 * mode + digits[read]
     p = torch.bincount(mode, minlength=1000).double() / len(x)
-    kl = torch.special.xlogy(p, p).sum().item() + math.log(1000)
-    return {"n": len(x), "modes": int((p > 0).sum()), "kl": kl}
+    kl = torch.special.xlogy(p, p).sum() + math.log(1000)
+    return {"n": len(x), "modes": int((p > 0).sum()), "kl": kl.item()}
 
 
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=("stacked", "unseen", "modes"))
-    parser.add_argument("file", type=Path, help="the .npz to write, or of samples to read")
+    parser.add_argument("file", type=Path, nargs="+", help=".npz to write, or of samples to read")
     args = parser.parse_args(argv)
     if args.what == "modes":
-        x, _ = read_samples(args.file)
-        if x.shape[1:] != (3, 28, 28):
-            raise SystemExit(f"{args.file}: take 28x28 images in colour")
-        print(json.dumps(modes(Judge().reader, x)))
+        sets = {path.stem: read_samples(path)[0] for path in args.file}
+        if any(x.shape[1:] != (3, 28, 28) for x in sets.values()):
+            raise SystemExit("take 28x28 images in colour")
+        path, reader = report.RESULTS / "stacked.json", Judge().reader
+        result = {**report.environment(), "rows": report.read(path).get("rows", {})}
+        for name, x in sets.items():
+            result["rows"][name] = modes(reader, x)
+            print(json.dumps({name: result["rows"][name]}))
+        report.write(path, result)
         return
-    if args.file.exists() or args.file.suffix != ".npz":
-        raise SystemExit(f"{args.file} exists already, or does not end in .npz")
-    save(args.file, stacked() if args.what == "stacked" else unseen())
-    print(args.file)
+    (path,) = args.file
+    if path.exists() or path.suffix != ".npz":
+        raise SystemExit(f"{path} exists already, or does not end in .npz")
+    save(path, stacked() if args.what == "stacked" else unseen())
+    print(path)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,15 @@ from bench.report import picture
 def interpolation(model, z, c, texts):
     """Rows from z to z, then rows from text to text. All columns get the same noise, if any."""
     others_z, others_c = z.roll(-1, 0), c.roll(-1, 0)
-    above, below = [], []
+    frames = []
     for t in torch.linspace(0, 1, 11).tolist():
         torch.manual_seed(0)
-        above.append(model.sample(prior.slerp(z, others_z, t), c))
+        above = model.sample(prior.slerp(z, others_z, t), c)
         torch.manual_seed(0)
-        below.append(model.sample(z, torch.lerp(c, others_c, t)))
+        below = model.sample(z, torch.lerp(c, others_c, t))
+        frames.append(torch.cat([above, below]))
     titles = [f"{text} to {other}" for text, other in zip(texts, texts[1:] + texts[:1])]
-    images = torch.cat([torch.stack(above, 1), torch.stack(below, 1)])
-    return list(zip(texts + titles, images))
+    return list(zip(texts + titles, torch.stack(frames, 1)))
 
 
 def steps(model, z, c):
@@ -88,11 +88,9 @@ def walk(model, z, c):
 
 def rows_written(model, z, c):
     """An image while it is written, every fourth row."""
-    x, frames = model.sample(z, c), []
-    for n in range(0, x.shape[2] + 1, 4):
-        frames.append(x.clone())
-        frames[-1][:, :, n:] = -1
-    return frames
+    x = model.sample(z, c)
+    row = torch.arange(x.shape[2], device=x.device)[:, None]
+    return [torch.where(row < n, x, -1) for n in range(0, len(row) + 1, 4)]
 
 
 def leaps(model, z, c):

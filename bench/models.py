@@ -22,6 +22,7 @@ from vae import captioned_digits, load_data
 
 ROOT = Path(__file__).parent.parent
 HERE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+LAYERS = nn.Linear, nn.Conv2d, nn.ConvTranspose2d
 MODELS = {
     "vae": "vae.VAE",
     "gan": "gan.GAN",
@@ -112,14 +113,10 @@ def settings(name, steps=(1, 2, 4, 10)):
     return ways
 
 
-def device_of(model):
-    return next(model.parameters()).device
-
-
 @torch.no_grad()
 def draw(model, captions, seed, batch=100, **options):
     """Images for captions, uint8 (N, C, H, W), as --sample --seed draws them."""
-    device, images = device_of(model), []
+    device, images = next(model.parameters()).device, []
     torch.manual_seed(seed)
     for ids in model.tokenize(captions).to(device).split(batch):
         z = prior.sample(len(ids), *model.latent_shape, device=device)
@@ -129,18 +126,25 @@ def draw(model, captions, seed, batch=100, **options):
 
 
 def cost(model, **options):
-    """How often sample runs the network for an image, counted at its layers, the text's left out,
-    where a guided step's two count as two; and billions of floating-point operations an image."""
-    calls, text = Counter(), set(model.embed.modules())
-    layers = [part for part in model.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
-    hooks = []
-    for layer in set(layers) - text:
-        hooks.append(layer.register_forward_hook(lambda layer, *_: calls.update([layer])))
+    """What sample takes for one image, counted at the network's layers, the text's left out:
+    evaluations, where a guided step's two count as two; gflop; mb that the layers read and write,
+    and mb_of_weights, which serve all images of a batch."""
+    calls, moved = Counter(), Counter()
+
+    def count(layer, given, y):
+        calls[layer] += 1
+        moved["mb"] += (given[0].nbytes + y.nbytes) / 1e6
+        moved["mb_of_weights"] += layer.weight.nbytes / 1e6
+
+    layers = {part for part in model.modules() if isinstance(part, LAYERS)}
+    layers -= set(model.embed.modules())
+    hooks = [layer.register_forward_hook(count) for layer in layers]
     with FlopCounterMode(display=False) as counter:
         draw(model, [""], 0, **options)
     for hook in hooks:
         hook.remove()
-    return max(calls.values()), counter.get_total_flops() / 1e9
+    gflop = counter.get_total_flops() / 1e9
+    return {"evaluations": max(calls.values()), "gflop": gflop, **moved}
 
 
 def held_out(path=None):

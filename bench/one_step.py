@@ -15,7 +15,6 @@ v, to 0.05. The network reads h beside the text, as c + h f(h), where f starts a
   python -m bench.one_step --train   7.6 minutes on one AVX-512 core: FLD 15.2; 4 jumps: 9.2 (n = 1)
 """
 
-import copy
 import math
 from argparse import SUPPRESS
 from itertools import pairwise
@@ -23,12 +22,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import diffusion
-from bench import report, runs
-
-NAME = Path(__file__).stem
+from bench import runs
 
 
 class OneStep(nn.Module):
@@ -79,9 +75,7 @@ class OneStep(nn.Module):
 
 
 def load(run, device="cpu"):
-    """The model of a run with averaged weights, and its checkpoint, read without running code."""
-    model, checkpoint = runs.load(OneStep, run, NAME)
-    return model.to(device, memory_format=torch.channels_last), checkpoint
+    return runs.load(OneStep, run, device)
 
 
 def train(args):
@@ -91,45 +85,23 @@ def train(args):
     teacher, start = diffusion.load(run, args.device)
     teacher.requires_grad_(False)
     torch.manual_seed(args.seed)
-    new = {"script": NAME, "name": "one-step", "args": start["args"]}
+    new = {"script": "one_step", "name": "one-step", "args": start["args"]}
     new |= {"captions": captions, "update": 0}
     checkpoint = load(args.out)[1] if args.resume else new
     model = OneStep(**checkpoint["args"])
     model.net.load_state_dict(teacher.state_dict())
     model.to(memory_format=torch.channels_last)
     model.embed.requires_grad_(False)  # so that the teacher understands c
-    x, ids = x.to(args.device), model.tokenize(captions)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), fused=True)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    for name, part in parts.items() if args.resume else ():
-        part.load_state_dict(checkpoint[name])
-    args.out.mkdir(parents=True, exist_ok=True)
 
-    for update in tqdm(range(checkpoint["update"] + 1, args.train_steps + 1)):
-        torch.manual_seed(hash((args.seed, update)))
-        i = torch.randint(len(x), (args.batch_size,))
-        progress = update / args.train_steps
+    def loss_of(images, ids, progress):
         a = max(0.05, 1 / (1 + math.exp(20 * progress - 6)))  # of (3)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            loss, log = model.loss(x[i] / 127.5 - 1, model.embed(ids[i]), teacher.velocity, a)
-        optimizer.zero_grad()
-        loss.backward()
-        log["grad_norm"] = nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
-        optimizer.step()
-        for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))
-        runs.record(args, update, log, checkpoint, parts)
+        return model.loss(images, model.embed(ids), teacher.velocity, a)
+
+    runs.train(args, model, checkpoint, x, captions, loss_of)
 
 
 def sample(args):
-    """Draws args.images images for texts, or for captions of the training set: samples.png."""
-    x, captions = runs.draw(args, *load(args.out, args.device), steps=args.steps)
-    titles = [f"{caption}, ..." for caption in captions[:80:8]]
-    rows = (x[:80] / 127.5 - 1).split(8)
-    report.picture(args.out / "samples.png", list(zip(titles, rows)))
+    runs.draw(args, *load(args.out, args.device), steps=args.steps)
 
 
 def main(argv=None):
@@ -138,14 +110,7 @@ def main(argv=None):
     flag("--run", type=Path, help="of diffusion.py [the folder diffusion beside --out]")
     flag("--width", type=int, help=SUPPRESS)  # is the run's; bench tells it to all models
     flag("--steps", type=int, default=1, help="jumps")
-    args = parser.parse_args(argv)
-    runs.refuse_to_overwrite(parser, args)
-    torch.set_default_device(args.device)
-    if args.train:
-        train(args)
-    elif not args.sample:
-        return parser.print_help()
-    sample(args)
+    runs.start(parser, argv, train, sample)
 
 
 if __name__ == "__main__":

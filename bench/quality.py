@@ -1,18 +1,16 @@
 """Samples of any data with captions: do they obey their text, are they varied, are they copies?
 
   python diffusion.py --sample --images 500 --npz samples.npz
-  python -m bench.quality samples.npz [MORE.npz ...] [--data FILE.npz] [--out FILE.json]
+  python -m bench.quality samples.npz [MORE.npz ...] [--data FILE.npz]
 
-prints one JSON line a file, after one for the held-out images, what a perfect model would reach,
-and two baselines that must fail: training images replayed (in nearest), one image a caption (in
-diversity).
+prints one JSON line a file, after lines for the held-out images, which a perfect model would equal,
+and for two baselines that must fail: training images replayed, and one image a caption.
 
   agreement  share of samples read as asked, for each attribute, that is place in the caption where
              all captions have as many words, else for the caption as a whole; beside it, shuffled:
              the same for captions in another order. Read by a classifier trained on the training
              images alone, weight and slant of the built-in digits by their own formulas
-  FLD        Frechet distance of the classifier's features to the training images' (FID has other
-             features: never compare the two)
+  FLD        Frechet distance of the classifier's features to the training images'; this is no FID
   precision, recall   Kynkaanniemi et al. 2019; density, coverage: Naeem et al. 2020; k = 5, against
              all training images or, of more than 5,000, every so manyth
   sharpness  mean absolute Laplacian over that of the training images; both sides of 1 are wrong
@@ -34,7 +32,6 @@ from sklearn.neighbors import NearestNeighbors
 
 from bench.models import evenly, held_out
 from bench.reader import Reader
-from bench.report import environment, write
 from vae import load_data
 
 K, REFERENCES = 5, 5000
@@ -171,21 +168,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("files", nargs="+", type=Path, help=".npz files that --sample --npz wrote")
     parser.add_argument("--data", help="the .npz they were trained on [built-in digits]")
-    parser.add_argument("--out", type=Path, help="also write the figures, and where they are from")
     args = parser.parse_args(argv)
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: there is no such folder")
-    sets, rows = {str(path): read_samples(path) for path in args.files}, {}
+    sets = {str(path): read_samples(path) for path in args.files}
     shape = load_data(args.data)[0].shape[1:]
     for name, (x, _) in sets.items():
         if x.shape[1:] != shape:
             raise SystemExit(f"{name}: its images are not of the data's shape {tuple(shape)}")
     judge = Judge(args.data)
     for name, (x, captions) in (judge.baselines(500) | sets).items():
-        rows[name] = judge.measure(x, captions)
-        print(json.dumps({"images": name, **rows[name]}), flush=True)
-    if args.out:
-        write(args.out, {**environment(), "rows": rows})
+        print(json.dumps({"images": name, **judge.measure(x, captions)}), flush=True)
 
 
 if __name__ == "__main__":

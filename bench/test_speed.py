@@ -3,29 +3,29 @@
   pytest bench --benchmark-json bench/results/speed.json     everything, in under 20 minutes
   pytest bench --quick -k "vae or flow"                      some of it
 
-Weights are fresh ones: speed does not depend on them. Sampling is timed at batch 1 and at the best
-batch; on CUDA also in bf16 and compiled, and each call waits for the device. Each benchmark's
-extra_info has images_per_s, evaluations of the network and GFLOP an image, and on CUDA the peak
-memory.
+Weights are fresh ones: speed does not depend on them. Sampling is timed at batch 1 and at large
+batches, on CUDA also in bf16, compiled, and as a captured graph; each call waits for the device.
+Each benchmark's extra_info has images_per_s, evaluations of the network, GFLOP and MB an image, the
+share of what the device does at most, and on CUDA the peak memory.
 """
 
 import functools
-import inspect
+import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
 
 import prior
-from bench import models
+from bench import models, runs
 
 DEVICE = models.HERE
 SHAPE = 1, 28, 28
 WORDS = "bold thin slanted upright zero one two three four five six seven eight nine".split()
-BATCHES = (256, 1024, 4096) if DEVICE == "cuda" else (16, 64)
+BATCHES = (1, 1024, 4096) if DEVICE == "cuda" else (1, 64)
 STEPS = 1, 2, 4, 10, 50, 250, 1000
-MODES = ("eager", "eager bf16", "compiled") if DEVICE == "cuda" else ("eager",)
-
+MODES = ("eager", "eager bf16", "compiled", "graph") if DEVICE == "cuda" else ("eager",)
 
 WAYS = {}  # to sample: label -> the model's name, options of its sample
 for name in models.MODELS:
@@ -55,11 +55,35 @@ def drawing(model, batch, mode, options):
     return call
 
 
-def seconds(call):
-    """Seconds that a call takes, until the device has done what it asks for."""
-    start = time.perf_counter()
-    waiting(call)()
-    return time.perf_counter() - start
+def captured(call):
+    """What a call asks of a GPU as one graph, which the host starts at once."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def stepwise(module, *argv):
+    """A call that lets the script's training do one more update. It runs in a thread, and in place
+    of the progress bar stands one that waits before each update until it is asked for."""
+    asked, ready = threading.Semaphore(0), threading.Semaphore(0)
+
+    def bar(updates, **_):
+        for update in updates:
+            ready.release()
+            asked.acquire()
+            yield update
+
+    def one_more():
+        asked.release()
+        assert ready.acquire(timeout=300)
+
+    with mock.patch.object(module if hasattr(module, "tqdm") else runs, "tqdm", bar):
+        threading.Thread(target=module.main, args=[["--train", *argv]], daemon=True).start()
+        assert ready.acquire(timeout=300)
+    return one_more
 
 
 def waiting(call):
@@ -67,17 +91,22 @@ def waiting(call):
     return (lambda: (call(), torch.cuda.synchronize())) if DEVICE == "cuda" else call
 
 
+def seconds(call):
+    """Seconds that a call takes, until the device has done what it asks for."""
+    start = time.perf_counter()
+    waiting(call)()
+    return time.perf_counter() - start
+
+
 @functools.cache
-def best_batch(name, width):
-    """The batch size that gives most images a second, one step each where steps are an option."""
-    model = build(name, width)
-    options = {"steps": 1} if "steps" in models.options(name) else {}
-    rates = {}
-    for batch in BATCHES:
-        call = drawing(model, batch, "eager", options)
-        call()
-        rates[batch] = batch / min(seconds(call) for _ in range(3))
-    return max(rates, key=rates.get)
+def ceilings(dtype):
+    """Operations and bytes a second of a large product and of a large copy: no call does more."""
+    side = 8192 if DEVICE == "cuda" else 2048
+    a = torch.randn(side, side, device=DEVICE, dtype=dtype)
+    b = torch.randn(2**26, device=DEVICE)
+    product = min(seconds(lambda: a @ a) for _ in range(5))
+    copy = min(seconds(b.clone) for _ in range(5))
+    return 2 * side**3 / product, 2 * b.nbytes / copy
 
 
 def measure(benchmark, call, batch, config, **notes):
@@ -86,7 +115,7 @@ def measure(benchmark, call, batch, config, **notes):
         torch.cuda.reset_peak_memory_stats()
     budget = 1 if config.option.quick else 4
     once = seconds(call)
-    if once < budget:  # the first call is slower than the others
+    if once < budget or notes["mode"] == "compiled":  # the first call is slower than the others
         once = seconds(call)
     benchmark.pedantic(waiting(call), rounds=int(min(max(budget / once, 1), 100)))
     benchmark.group = notes["task"]
@@ -99,51 +128,47 @@ def measure(benchmark, call, batch, config, **notes):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", ["one", "best"])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("label", WAYS)
-def test_sampling(benchmark, label, size, mode, pytestconfig):
+def test_sampling(benchmark, label, batch, mode, pytestconfig):
     name, options = WAYS[label]
     width = pytestconfig.option.width
     model = build(name, width)
     if options.get("steps", 1) > 50 and pytestconfig.option.quick:
         pytest.skip("over 50 steps, and --quick")
-    if mode != "eager" and (label != name or size == "one"):
+    if mode != "eager" and (label != name or batch == 1):
         pytest.skip("modes are compared at the default settings")
     if mode == "eager bf16" and hasattr(model, "inverse"):
         pytest.skip("in bf16 an inverse is none")
-    evaluations, gflop = models.cost(model, **options)
+    cost = models.cost(model, **options)
     for part in model.modules() if mode == "compiled" else ():
         if type(part).__name__ in ("Encoder", "Decoder"):
             part.compile()
         if type(part).__name__ == "Coupling":  # torch.nn's own Sequential would not be compiled
             part.affine = torch.compile(part.affine)
-    batch = 1 if size == "one" else best_batch(name, width)
-    notes = {"task": "sampling", "label": label, "mode": mode}
-    notes |= {"evaluations": evaluations, "gflop_per_image": gflop}
-    measure(benchmark, drawing(model, batch, mode, options), batch, pytestconfig, **notes)
+    call = drawing(model, batch, mode, options)
+    notes = {"task": "sampling", "label": label, "mode": mode, "evaluations": cost["evaluations"]}
+    notes["gflop_per_image"] = cost["gflop"]
+    notes["mb_per_image"] = cost["mb"] + cost["mb_of_weights"] / batch
+    measure(benchmark, captured(call) if mode == "graph" else call, batch, pytestconfig, **notes)
+    rate = benchmark.extra_info.get("images_per_s", 0)
+    operations, moved = ceilings(torch.bfloat16 if mode == "eager bf16" else torch.float32)
+    shares = 1e9 * rate * cost["gflop"] / operations, 1e6 * rate * notes["mb_per_image"] / moved
+    benchmark.extra_info["share_of_ceiling"] = max(shares)
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode in ("eager", "compiled")])
 @pytest.mark.parametrize("name", models.MODELS)
-def test_training(benchmark, name, pytestconfig):
-    """One update: the script's loss, its gradient, the optimizer's step and the average."""
+def test_training(benchmark, name, mode, pytestconfig, tmp_path):
+    """One update of the script's own training."""
     flags, width = models.flags(name), pytestconfig.option.width
-    model, average = build(name, width).train(), build(name, width).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    x = torch.randint(256, (flags.batch_size, *SHAPE), device=DEVICE) / 127.5 - 1
-    ids = torch.ones(len(x), 3, dtype=torch.long, device=DEVICE)
-    # as the script does it
-    half = DEVICE == "cuda" and "autocast" in inspect.getsource(models.script(name).train)
-
-    def update():
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
-            loss, _ = model.loss(x, model.embed(ids))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        for a, p in zip(average.parameters(), model.parameters()):
-            a.lerp_(p.detach(), 0.005)
-
-    notes = {"task": "training", "label": name, "mode": "eager", "updates": flags.train_steps}
-    notes["parameters"] = sum(p.numel() for p in model.parameters())
-    measure(benchmark, update, len(x), pytestconfig, **notes)
+    sizes = ["--device", DEVICE, "--images", "1", *(["--width", str(width)] if width else [])]
+    sizes += ["--compile"] if mode == "compiled" else []
+    if name == "one-step":  # starts from a run of diffusion
+        first = ["--train", *sizes, "--train-steps", "1", "--out", f"{tmp_path}/diffusion"]
+        models.script("diffusion").main(first)
+    out = ["--out", str(tmp_path / name)]
+    update = stepwise(models.script(name), *models.choice(name), *sizes, *out)
+    notes = {"task": "training", "label": name, "mode": mode, "updates": flags.train_steps}
+    notes["parameters"] = sum(p.numel() for p in build(name, width).parameters())
+    measure(benchmark, update, flags.batch_size, pytestconfig, **notes)

@@ -126,10 +126,10 @@ class Flow(nn.Module):
         """Takes from training images, uint8 (N, C, S, S), what (2) and (7) need."""
         h = self.dct @ (x / 127.5 - 1) @ self.dct.T
         var, mean = torch.var_mean(h.flatten(1), 0)
-        self.mean.copy_(mean)
-        self.std.copy_((var + self.noise**2).sqrt())
+        self.mean = mean
+        self.std = (var + self.noise**2).sqrt()
         count = torch.bincount(x.flatten(), minlength=256)
-        self.log_share.copy_(torch.log((count + 1) / x.numel()))
+        self.log_share = torch.log((count + 1) / x.numel())
 
     def forward(self, y, c):
         """y (B, C, S, S), c (B, E) -> z (B, C, S, S) and log |det dz/dy| (B,)."""

@@ -3,7 +3,7 @@
   D's loss = softplus(D(fake) - D(real)) + gamma / 2 (R1 + R2),   as in gan.py                 (1)
   the model's loss = L + w softplus(D(real) - D(fake)),   with an L of its own:                (2)
   vae-gan: L = log2 |phi(x) - phi(x^)| + log2 |x - x^| / 10 + beta KL;   a fake is a decoded z (3)
-  flow-gan: L = -log p(y),   and a fake comes through the exact inverse                        (4)
+  flow-gan: L = -log p(y),   and a fake is E[x | y] of a y from the guided inverse             (4)
   diffusion-gan: x_t = (1 - t) x + t eps,   s = t - 1 / T,   x^ = G(x_t, t, z, c),   with the
     fake x_s' ~ q(x_s | x_t, x^) and the real x_s ~ q(x_s | x_t, x) of the same noise, which D
     sees beside x_t;   L = 10 |x_s' - x_s|^2                                                   (5)
@@ -11,11 +11,11 @@
     a = (1 - t) / (1 - s),   q = t^2 - (a s)^2                                                 (6)
 
 (3): Larsen et al. 2016. The distance of the critic's features phi replaces most of the pixels', as
-the critic sees blur; beta falls from 100 to 8. The two logarithms are bits of normals with the best
-variance (Rybkin et al. 2021); the small second one keeps training steady. (4): Grover et al. 2018.
-D sees real and fake images with the noise of flow.py. (5): Xiao et al. 2022. Over a long step q(x_s
-| x_t) is no normal, so in few steps G needs a z of its own; L keeps x^ near x (as in Xu et al.
-2024). Coupling and duel are copies that cite the equations of flow.py and gan.py.
+the critic sees blur; beta falls from 100 to 16. The logarithms are bits of normals with the best
+variance (Rybkin et al. 2021). (4): Grover et al. 2018. The flow first learns alone; then D compares
+the mean image behind such a y with that behind a noisy real image. (5): Xiao et al. 2022. Over a
+long step q(x_s | x_t) is no normal: G needs a z of its own; L keeps x^ near x (Xu et al. 2024).
+Coupling and duel are copies that cite the equations of flow.py and gan.py.
 
   python hybrids.py --train --model vae-gan                    or flow-gan, or diffusion-gan
 """
@@ -190,19 +190,20 @@ class Critic(nn.Module):
 class VAEGAN(nn.Module):
     """(3): a VAE, whose likeness to x is judged by the features of a critic."""
 
-    defaults = dict(train_steps=1200, batch_size=32, gamma=1.0, weight=1.0, beta1=0.0, hide=0.03)
+    defaults = dict(train_steps=1200, batch_size=32)
+    latent = 12
 
-    def __init__(self, shape, vocabulary, width=64, latent=12):
+    def __init__(self, shape, vocabulary, width=64):
         super().__init__()
-        self.args = dict(shape=shape, vocabulary=vocabulary, width=width, latent=latent)
-        self.latent_shape = (latent,)
+        self.args = dict(shape=shape, vocabulary=vocabulary, width=width)
+        self.latent_shape = (self.latent,)
         dim = 4 * width
         self.embed = Text(vocabulary, dim)
         self.tokenize = self.embed.tokenize
         self.encoder = Encoder(shape, width, dim)
         self.grid = self.encoder.position.shape
-        self.posterior = nn.Linear(self.grid.numel(), 2 * latent)
-        self.style = nn.Linear(latent, dim)
+        self.posterior = nn.Linear(self.grid.numel(), 2 * self.latent)
+        self.style = nn.Linear(self.latent, dim)
         self.start = nn.Linear(dim, self.grid.numel())
         self.decoder = Decoder(shape, width, dim)
         self.critic = Critic(shape, width, dim)
@@ -217,24 +218,23 @@ class VAEGAN(nn.Module):
         emb = c + self.style(z)
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
-    def loss(self, x, c, gamma=1.0, weight=1.0, beta=1.0):
-        """(1) + (2) with (3) for x (B, C, H, W) in [-1, 1] and c (B, E), and what is logged. Each
-        player gets the gradient of its own loss. Only L trains the text."""
+    def loss(self, x, c, progress=1.0, gamma=1.0, weight=1.0):
+        """(1) + (2) with (3) for x (B, C, H, W) in [-1, 1] and c (B, E), after a share of training,
+        and what is logged. Each player gets its own loss's gradient; L and D's train the text."""
         mu, log_var = self.infer(x, c)
         y = self.decode(prior.reparameterize(mu, log_var), c)
         text = c.detach()
         image = y.detach().requires_grad_()
         phi_x, phi_y = (self.critic.encoder(a, text)[0] for a in (x, image))
-        distance = F.mse_loss(phi_y, phi_x.detach()).log2() / 2
+        distance = F.mse_loss(phi_y, phi_x).log2() / 2
         (slope,) = torch.autograd.grad(distance, image)  # none for the critic's weights
         likeness = (slope * y).sum() + F.mse_loss(y, x).log2() / 20
         bits = x[0].numel() * math.log(2)
         kl = prior.kl(mu, log_var).sum(1).mean() / bits
         fake = self.decode(torch.randn_like(mu), text)
-        loss, log = duel(self.critic, x, fake, text, gamma, weight)
-        log["distance"] = distance
-        log["kl"] = kl
-        return loss + likeness + beta * kl, log
+        loss, log = duel(self.critic, x, fake, c, gamma, weight)
+        log |= {"distance": distance, "kl": kl}
+        return loss + likeness + 100 * 0.16**progress * kl, log
 
     @torch.no_grad()
     def sample(self, z, c):
@@ -248,15 +248,15 @@ class VAEGAN(nn.Module):
 
 
 class FlowGAN(nn.Module):
-    """(4): a flow, whose samples a critic judges. One image in eight meets it, as a likelihood is
-    cheap and wants many images. See flow.py for the flow's equations."""
+    """(4): a flow, whose samples a critic judges, one in eight images. See flow.py's equations."""
 
-    defaults = dict(train_steps=1500, batch_size=128, gamma=1.0, weight=0.02, beta1=0.5, hide=0.1)
+    defaults = dict(train_steps=3000, batch_size=128, lr=1e-3, betas=(0.5, 0.99), hide=0.1)
+    noise = 0.15
 
-    def __init__(self, shape, vocabulary, width=64, noise=0.15):
+    def __init__(self, shape, vocabulary, width=64):
         super().__init__()
-        self.args = dict(shape=shape, vocabulary=vocabulary, width=width, noise=noise)
-        self.latent_shape, self.noise = shape, noise
+        self.args = dict(shape=shape, vocabulary=vocabulary, width=width)
+        self.latent_shape = shape
         dim = 2 * width
         self.embed = Text(vocabulary, dim)
         self.tokenize = self.embed.tokenize
@@ -275,18 +275,17 @@ class FlowGAN(nn.Module):
         places = [(low, high)]
         places += [low[torch.randperm(len(low))].chunk(2) for _ in range(16)]
         places += [(low[:0], low)]
-        couplings = [Coupling(*place, dim, 8 * width) for place in places]
-        self.couplings = nn.ModuleList(couplings)
+        self.couplings = nn.ModuleList(Coupling(*place, dim, 8 * width) for place in places)
         self.critic = Critic(shape, width // 2, dim)
 
     def fit(self, x):
         """Takes means, spreads and pixel shares from training images, uint8 (N, C, S, S)."""
         h = self.dct @ (x / 127.5 - 1) @ self.dct.T
         var, mean = torch.var_mean(h.flatten(1), 0)
-        self.mean.copy_(mean)
-        self.std.copy_((var + self.noise**2).sqrt())
+        self.mean = mean
+        self.std = (var + self.noise**2).sqrt()
         count = torch.bincount(x.flatten(), minlength=256)
-        self.log_share.copy_(torch.log((count + 1) / x.numel()))
+        self.log_share = torch.log((count + 1) / x.numel())
 
     def forward(self, y, c):
         """y (B, C, S, S), c (B, E) -> z (B, C, S, S) and log |det dz/dy| (B,)."""
@@ -307,24 +306,31 @@ class FlowGAN(nn.Module):
         h = h * self.std + self.mean
         return self.dct.T @ h.view_as(z) @ self.dct
 
-    def loss(self, x, c, gamma=1.0, weight=0.02, beta=1.0):
-        """(1) + (2) with (4), as VAEGAN's; beta is not used."""
+    def loss(self, x, c, progress=1.0, gamma=1.0, weight=0.02):
+        """(1) + (2) with (4), as VAEGAN's, but only L trains the text; at first L is all."""
         y = x + self.noise * torch.randn_like(x)
         z, log_det = self(y, c)
         nats = -(prior.log_prob(z) + log_det).mean() / x[0].numel()
+        if progress < 0.6:
+            return nats, {"nats": nats}
         real, text = y[::8], c[::8].detach()
-        fake = self.inverse(torch.randn_like(real), text)
-        loss, log = duel(self.critic, real, fake, text, gamma, weight)
-        log["nats"] = nats
-        return loss + nats, log
+        fake = self.inverse(0.9 * torch.randn_like(real), text, 1.5)
+        pair = self.expected(real), self.expected(fake)
+        loss, log = duel(self.critic, *pair, text, gamma, weight)
+        return loss + nats, log | {"nats": nats}
 
     def pixel_logits(self, y):
         """log P(k | y) up to a constant of k: y of any shape -> (..., 256)."""
         x = torch.arange(256, device=y.device) / 127.5 - 1
         return self.log_share - (y[..., None] - x) ** 2 / (2 * self.noise**2)
 
+    def expected(self, y):
+        """E[x | y] of each pixel: y (B, C, S, S) -> (B, C, S, S)."""
+        p = self.pixel_logits(y).softmax(-1)
+        return p @ torch.linspace(-1, 1, 256, device=y.device)
+
     @torch.no_grad()
-    def sample(self, z, c, guidance=2.0, temperature=0.8):
+    def sample(self, z, c, guidance=1.5, temperature=0.9):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], in one pass."""
         y = self.inverse(temperature * z, c, guidance)
         levels = torch.linspace(-2, 2, 4001, device=y.device)
@@ -340,22 +346,21 @@ class FlowGAN(nn.Module):
 class DiffusionGAN(nn.Module):
     """(5): a diffusion model of few steps, each of which is drawn by a generator."""
 
-    defaults = dict(train_steps=1500, batch_size=32, gamma=0.05, weight=1.0, beta1=0.0, hide=0.03)
-    steps = 4
+    defaults = dict(train_steps=1500, batch_size=32, gamma=0.05)
+    steps, latent = 4, 12
 
-    def __init__(self, shape, vocabulary, width=64, latent=12):
+    def __init__(self, shape, vocabulary, width=64):
         super().__init__()
-        self.args = dict(shape=shape, vocabulary=vocabulary, width=width, latent=latent)
-        self.latent_shape, self.latent = shape, latent
+        self.args = dict(shape=shape, vocabulary=vocabulary, width=width)
+        self.latent_shape = shape
         dim = 4 * width
         self.embed = Text(vocabulary, dim)
         self.tokenize = self.embed.tokenize
         self.time = nn.Embedding(self.steps + 1, dim)
-        self.style = nn.Linear(latent, dim)
+        self.style = nn.Linear(self.latent, dim)
         self.encoder = Encoder(shape, width, dim)
         self.decoder = Decoder(shape, width, dim)
-        pair = 2 * shape[0], *shape[1:]
-        self.critic = Critic(pair, width, dim)
+        self.critic = Critic((2 * shape[0], *shape[1:]), width, dim)
         self.critic_time = nn.Embedding(self.steps + 1, dim)
 
     def denoise(self, x_t, k, c):
@@ -372,11 +377,10 @@ class DiffusionGAN(nn.Module):
         a = (1 - t) / (1 - s)
         q = t**2 - (a * s) ** 2
         mean = (a * s**2 * x_t + (1 - s) * q * x) / t**2
-        sigma = q.sqrt() * s / t
-        return mean + sigma * eps
+        return mean + q.sqrt() * s / t * eps
 
-    def loss(self, x, c, gamma=0.05, weight=1.0, beta=1.0):
-        """(1) + (2) with (5), as VAEGAN's, but both terms train the text; beta is not used."""
+    def loss(self, x, c, progress=1.0, gamma=0.05, weight=1.0):
+        """(1) + (2) with (5), as VAEGAN's, but D's loss does not train the text."""
         k = torch.randint(1, self.steps + 1, (len(x),), device=x.device)
         t = k[:, None, None, None] / self.steps
         x_t = (1 - t) * x + t * torch.randn_like(x)
@@ -392,8 +396,7 @@ class DiffusionGAN(nn.Module):
 
         text = c.detach() + self.critic_time(k)
         loss, log = duel(judge, real, fake, text, gamma, weight)
-        log["own"] = own
-        return loss + own, log
+        return loss + own, log | {"own": own}
 
     @torch.no_grad()
     def sample(self, z, c):
@@ -446,8 +449,7 @@ def load(run, device="cpu"):
         model.load_state_dict(checkpoint["ema"])
     except Exception as error:
         raise SystemExit(f"{run} holds no run of {NAME}.py: {type(error).__name__}") from None
-    model.to(device, memory_format=torch.channels_last)
-    return model.eval(), checkpoint
+    return model.eval().to(device, memory_format=torch.channels_last), checkpoint
 
 
 def train(args):
@@ -456,8 +458,7 @@ def train(args):
     torch.manual_seed(args.seed)  # the same weights on every rank
     vocabulary = sorted(set(" ".join(captions).split()))
     sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary, "width": args.width}
-    new = {"script": NAME, "args": sizes, "captions": captions}
-    new |= {"name": args.model, "update": 0}
+    new = {"script": NAME, "name": args.model, "args": sizes, "captions": captions, "update": 0}
     checkpoint = load(args.out)[1] if args.resume else new
     model = MODELS[checkpoint["name"]](**checkpoint["args"])
     model.to(memory_format=torch.channels_last)
@@ -465,7 +466,7 @@ def train(args):
     if hasattr(model, "fit"):
         model.fit(x)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(args.beta1, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=args.betas, fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     for name, part in parts.items() if args.resume else ():
         part.load_state_dict(checkpoint[name])
@@ -484,16 +485,15 @@ def train(args):
         seen = torch.rand(len(i), 1 + ids.shape[1]) > args.hide
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = update / args.train_steps
-        beta = 100 * 0.08**progress  # (3)
         c = model.embed(words)
         images = x[i] / 127.5 - 1
-        loss, log = model.loss(images, c, args.gamma, args.weight, beta)
+        loss, log = model.loss(images, c, progress, args.gamma)
         optimizer.zero_grad()
         (loss / RANKS).backward()
-        for p in model.parameters() if RANKS > 1 else ():
-            dist.all_reduce(p.grad)
-        for p in model.parameters():  # each by itself: no player disturbs the other
-            nn.utils.clip_grad_norm_(p, 1.0)
+        for p in model.parameters():
+            if RANKS > 1 and p.grad is not None:
+                dist.all_reduce(p.grad)
+            nn.utils.clip_grad_norm_(p, 1.0)  # each by itself: no player disturbs the other
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
         for average, p in zip(ema.parameters(), model.parameters()):
@@ -556,10 +556,10 @@ def main(argv=None):
     flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", type=Path, help="also write the images x and their captions y to this file")
-    flag("--gamma", type=float, help="weight of the penalties in (1)")
-    flag("--weight", type=float, help="w in (2)")
+    flag("--gamma", type=float, default=1.0, help="weight of the penalties in (1)")
     model = parser.parse_known_args(argv)[0].model
-    parser.set_defaults(out=Path("runs", model), **MODELS[model].defaults)
+    parser.set_defaults(out=Path("runs", model), betas=(0.0, 0.99), hide=0.03)
+    parser.set_defaults(**MODELS[model].defaults)
     args = parser.parse_args(argv)
     if args.width % 8:
         parser.error("--width takes a multiple of 8")

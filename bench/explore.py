@@ -119,7 +119,7 @@ def plot_losses(run):
     figure = Figure(figsize=(10, 2.5 * n), layout="constrained")
     for i, name in enumerate(row):
         axes = figure.add_subplot(n, 3, i + 1, title=name)
-        axes.plot(rows.keys(), [each[name] for each in rows.values()], linewidth=0.8)
+        axes.plot(rows.keys(), [each.get(name) for each in rows.values()], linewidth=0.8)
     figure.savefig(run / "loss.png", dpi=80)
 
 

@@ -50,7 +50,6 @@ def environment(device="cpu"):
         return subprocess.getoutput(f"git -C '{ROOT}' {call} 2>/dev/null")
 
     commit = os.environ.get("COMMIT") or git("rev-parse --short HEAD") or "unknown"
-    # what the benchmark itself writes does not count
     if git("status --porcelain -- . ':!bench/results' ':!*.md'"):
         commit += "-dirty"
     cores = f"{os.cpu_count()} cores of {platform.machine()}"
@@ -179,9 +178,8 @@ def claims_table(files):
 
 
 def seeds_table(rows):
-    """gan.py with its penalties (gamma 1) and without (0), for a third of its updates, from three
-    training seeds. sign_rate is how often D was right in the last quarter; a D that has won, over
-    0.75, teaches nothing. What is claimed holds if it does for each seed, or the worst of three."""
+    """gan.py with its penalties (gamma 1) and without (0), for a third of its updates. sign_rate is
+    how often D was right in the last quarter: over 0.75 it has won. Claims are of each seed."""
     figures = "sign_rate", "fld", "recall", "coverage"
     body = [[label, *(number(row[figure]) for figure in figures)] for label, row in rows.items()]
     rates = [row["sign_rate"]["mean"] for row in rows.values()]
@@ -196,8 +194,7 @@ def seeds_table(rows):
 
 
 def quality_table(rows):
-    """What samples are like, a row a way to draw them, beside real images and baselines: mean and
-    deviation over three sampling seeds, a set of samples each."""
+    """What samples are like beside real images: mean and deviation over three sampling seeds."""
     names, body = list(next(iter(rows.values()))["agreement"]), []
     for label, row in rows.items():
         cells = [label]
@@ -209,21 +206,19 @@ def quality_table(rows):
 
 
 def stacked_table(rows):
-    """Images of three digits, red, green and blue: of 1,000 modes, 26,000 perfect samples have all,
-    and 0.019 nats of KL to the uniform."""
+    """Images of three digits: of 1,000 modes, 26,000 perfect samples have all, and KL 0.019."""
     body = [[name, row["n"], row["modes"], number(row["kl"], 3)] for name, row in rows.items()]
     return table(["model", "samples", "modes", "KL"], body)
 
 
 def speed_table(speed):
-    """How fast each way to sample is, a row a batch size and mode, and how near it comes to what
-    the device does at most, in a large product or a large copy, whichever is nearer."""
+    """How fast each way to sample is; the ceiling is a large product's or copy's speed here."""
     body = []
     for row in measured(speed, "sampling"):
         cells = [row["label"], row["mode"], row["batch"], row["evaluations"]]
         cells += [significant(row["images_per_s"]), significant(1000 * row["seconds"])]
-        cells += [number(row["gflop_per_image"], 3), significant(row["mb_per_image"])]
-        cells += [f"{row['share_of_ceiling']:.0%}", significant(row.get("peak_memory_mb"))]
+        cells += [number(row["gflop_per_image"], 3), significant(row.get("mb_per_image"))]
+        cells += [number(row.get("share_of_ceiling")), significant(row.get("peak_memory_mb"))]
         body.append(cells)
     head = "sampler", "mode", "batch", "evaluations", "images/s", "ms a batch", "GFLOP an image"
     return table([*head, "MB an image", "of the ceiling", "memory (MB)"], body)

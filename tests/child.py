@@ -89,7 +89,7 @@ def record():
     def keep(optimizer, *_):
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         before = [p.detach().clone() for p in weights]
-        gradients = [p.grad.clone() for p in weights]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in weights]
         steps.append((before, gradients))
         torch.save(steps, f"steps-{rank}-of-{ranks}.pt")
 

@@ -392,7 +392,7 @@ class TestBenchmark:
         assert cells in readme and readme.endswith("|\n<!-- /table -->\nbelow\n")
         page = (tmp_path / "bench/RESULTS.md").read_text()
         assert "## Quality, fashion" in page and "| flow, guidance 1 | 50.0 ± 10.0% |" in page
-        assert "| flow | eager | 16 | 2 | 1,234 | 12.3 | 0.040 | 7 | 20% | - |" in page
+        assert "| flow | eager | 16 | 2 | 1,234 | 12.3 | 0.040 | 7 | 0.20 | - |" in page
         assert "Measured on a card with torch 2.13" in page and "commit abc" in page
         assert (tmp_path / "bench/results/quality_speed.png").exists()
         assert "a \\| b" in report.table(["head"], [["a | b"]])

@@ -81,8 +81,8 @@ def main(argv=None):
         steps = models.flags(name, *flags).train_steps
         train(name, runs / name, steps // 8 if args.quick else steps, *flags)
     penalties = list(product("10", "012")) if args.seeds else []
+    steps = models.flags("gan", *flags).train_steps // (24 if args.quick else 3)
     for gamma, seed in penalties:
-        steps = models.flags("gan", *flags).train_steps // (24 if args.quick else 3)
         train("gan", runs / f"gan-{gamma}-{seed}", steps, *flags, "--gamma", gamma, "--seed", seed)
 
     print("a classifier of real images learns to read")

@@ -404,8 +404,7 @@ class TestDatasets:
         data = datasets.stacked(50)
         assert (data["x"].shape, set(data["y"])) == ((50, 28, 28, 3), {""})
         data = datasets.unseen()
-        assert set(data["y_test"]) == set(datasets.UNSEEN)
-        assert not set(data["y_test"]) & set(data["y"])
+        assert set(data["y_test"]) == set(datasets.UNSEEN) == {*datasets.UNSEEN} - set(data["y"])
         assert len(data["x"]) + len(data["x_test"]) == 5000
 
     def test_modes_of_stacked_digits(self):

@@ -29,12 +29,13 @@ def gradients(model, **options):
     sides = {True: [], False: []}
     for name, p in model.named_parameters():
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
-        if not name.startswith("embed"):
+        if not (isinstance(model, hybrids.VAEGAN) and name.startswith("embed")):
             sides[name.startswith("critic")].append(gradient.flatten())
     return torch.cat(sides[True]), torch.cat(sides[False])
 
 
-no_duel = lambda *_, **__: (torch.zeros(()), {})  # noqa: E731
+def no_duel(*_, **__):
+    return torch.zeros(()), {}
 
 
 @pytest.fixture(params=hybrids.MODELS)

@@ -96,7 +96,7 @@ def test_two_ranks_have_equal_weights_and_the_mean_of_their_gradients(model, dat
     for a, b, mean in zip(first[0][1], second[0][1], gradients, strict=True):
         largest = mean.abs().max().item()
         assert close(mean, (a + b) / 2, 0, 1e-6 + 1e-4 * largest)
-    assert sum(mean.any().item() for mean in gradients) > 0.8 * len(gradients)
+    assert sum(mean.any().item() for mean in one[-1][1]) > 0.9 * len(gradients)
     assert checkpoint(tmp_path / "0-of-2")["update"] == 2
 
 

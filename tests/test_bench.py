@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import halves
+from conftest import halves, refusal
 from torch import nn
 
 import prior
@@ -55,14 +55,6 @@ def tiny(name, **args):
     return models.fresh(name, (1, 8, 8), WORDS, width=8, **args)
 
 
-def error_of(call, *given):
-    """The one line with which a call ends the program."""
-    with pytest.raises(SystemExit) as stop:
-        call(*given)
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
-    return stop.value.code
-
-
 class TestFigures:
     def test_frechet_distance_of_known_normals(self):
         """|mu1 - mu2|^2 + sum of (s1 - s2)^2 for independent coordinates."""
@@ -92,15 +84,12 @@ class TestFigures:
         x[0, 0, 4, 4] = 255
         assert quality.sharpness(x) == pytest.approx(8 / 36)
         features = torch.tensor([0.0, 1, 10, 10, 5])[:, None]
-        distance = quality.diversity(features, list("aabbc"))
-        assert distance == pytest.approx(0.5)
+        assert quality.diversity(features, list("aabbc")) == pytest.approx(0.5)
 
     def test_attributes_are_places_in_the_caption_or_the_caption(self):
-        columns = reader.attributes(["a b", "c d"])
-        assert columns == [["a", "c"], ["b", "d"]]
+        assert reader.attributes(["a b", "c d"]) == [["a", "c"], ["b", "d"]]
         assert reader.attributes(["a b", "c"]) == [["a b", "c"]]
-        columns = reader.attributes(["x", "a b"], 2)
-        assert columns == [["", "a"], ["", "b"]]
+        assert reader.attributes(["x", "a b"], 2) == [["", "a"], ["", "b"]]
 
     def test_ink_and_slant_agree_with_all_captions_of_the_digits(self):
         digits = captioned_digits()
@@ -136,8 +125,8 @@ class TestFigures:
         quality.main([str(files[0]), *common])
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(rows) == 4 and rows[-1]["nearest"] < 1e-6
-        assert "shape" in error_of(quality.main, [str(files[1]), *common])
-        assert "no samples" in error_of(quality.main, [str(files[2]), *common])
+        assert "shape" in refusal(quality.main, [str(files[1]), *common])
+        assert "no samples" in refusal(quality.main, [str(files[2]), *common])
 
 
 class Toy(nn.Module):
@@ -225,8 +214,7 @@ class TestLikelihood:
                 log_x = likelihood.log_logistic(image, location, model.log_scale)
                 joint = log_x.flatten(1).sum(1) + prior.log_prob(z)
                 log_p.append(joint.logsumexp(0) + math.log(0.01))
-        nats = -torch.stack(log_p).mean().item()
-        truth = nats / (64 * math.log(2))
+        truth = -torch.stack(log_p).mean().item() / (64 * math.log(2))
         assert result["bits_per_dim"] == pytest.approx(truth, abs=0.02)
         assert likelihood.measure(tiny("gan"), x, ["dark"] * 3) is None
 
@@ -243,7 +231,7 @@ class TestModels:
         assert len(x) == 3 and captions == ["dark left", "", "bright"]
         test["y_test"] = ["dark"]
         np.savez(tmp_path / "b.npz", x=whole["x"], y=whole["y"], **test)
-        assert "b.npz" in error_of(models.held_out, str(tmp_path / "b.npz"))
+        assert "b.npz" in refusal(models.held_out, str(tmp_path / "b.npz"))
 
     def test_evaluations_are_counted(self):
         counts = {}
@@ -267,9 +255,9 @@ class TestModels:
         assert not torch.equal(x, models.draw(model, captions, 1))
 
     def test_what_is_no_run_is_refused_and_flags_are_the_scripts(self, tmp_path):
-        assert "no run" in error_of(models.load, tmp_path)
+        assert "no run" in refusal(models.load, tmp_path)
         torch.save({"script": "os"}, tmp_path / "checkpoint.pt")
-        assert "no run" in error_of(models.load, tmp_path)
+        assert "no run" in refusal(models.load, tmp_path)
         flags = models.flags("flow-gan", "--batch-size", "7")
         assert (flags.batch_size, flags.model) == (7, "flow-gan")
 
@@ -309,7 +297,7 @@ class TestExplore:
         model = tiny("vae")
         run = {"script": "vae", "args": model.args, "ema": model.state_dict()}
         torch.save(run, tmp_path / "checkpoint.pt")
-        assert "--data" in error_of(explore.main, [str(tmp_path), "--device", "cpu"])
+        assert "--data" in refusal(explore.main, [str(tmp_path), "--device", "cpu"])
 
 
 class TestBenchmark:
@@ -346,7 +334,7 @@ class TestBenchmark:
         assert (out / "samples.png").exists()
         assert "| [vae](/vae.py) | 1 | - |" in capsys.readouterr().out
         report.write(out / "quality.json", {**results, "device": "another"})
-        assert "another" in error_of(bench.main, argv)
+        assert "another" in refusal(bench.main, argv)
 
     def test_speed_is_timed_and_its_table_is_made(self, tmp_path):
         """Through gpu.sh, which hands its options on to pytest."""

@@ -83,6 +83,21 @@ def test_gradients_pass_the_inverse_of_the_flow():
     assert slope[0, 0].item() == pytest.approx((values[0] - values[1]).item() / 2e-5, rel=1e-4)
 
 
+def test_the_flow_learns_alone_before_the_critic_does():
+    critic, flow = gradients(build("flow-gan"), progress=0.59)
+    assert flow.any() and not critic.any()
+
+
+def test_the_mean_image_is_the_mean_of_the_pixels_posterior():
+    model = build("flow-gan")
+    share, levels = torch.rand(256), torch.linspace(-1, 1, 256)
+    model.log_share = share.log()
+    y = torch.linspace(-1.3, 1.3, 30)
+    density = torch.distributions.Normal(levels, model.noise).log_prob(y[:, None]).exp()
+    mean = (share * density * levels).sum(1) / (share * density).sum(1)
+    assert torch.allclose(model.expected(y), mean, atol=1e-5)
+
+
 def test_a_step_of_diffusion_gan_is_a_draw_of_the_exact_posterior():
     """q(x_s | x_t, x) by Bayes: the product of N(x_t; a x_s, q) and N(x_s; (1 - s) x, s^2)."""
     model = hybrids.DiffusionGAN(SHAPE, [], width=8)

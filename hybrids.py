@@ -306,15 +306,15 @@ class FlowGAN(nn.Module):
         h = h * self.std + self.mean
         return self.dct.T @ h.view_as(z) @ self.dct
 
-    def loss(self, x, c, progress=1.0, gamma=1.0, weight=0.02):
-        """(1) + (2) with (4), as VAEGAN's, but only L trains the text; at first L is all."""
+    def loss(self, x, c, progress=1.0, gamma=1.0, weight=0.01):
+        """(1) + (2) with (4), as VAEGAN's; at first L is all."""
         y = x + self.noise * torch.randn_like(x)
         z, log_det = self(y, c)
         nats = -(prior.log_prob(z) + log_det).mean() / x[0].numel()
         if progress < 0.6:
             return nats, {"nats": nats}
-        real, text = y[::8], c[::8].detach()
-        fake = self.inverse(0.9 * torch.randn_like(real), text, 1.5)
+        real, text = y[::8], c[::8]
+        fake = self.inverse(0.9 * torch.randn_like(real), text.detach(), 1.5)
         pair = self.expected(real), self.expected(fake)
         loss, log = duel(self.critic, *pair, text, gamma, weight)
         return loss + nats, log | {"nats": nats}

@@ -29,7 +29,8 @@ def gradients(model, **options):
     sides = {True: [], False: []}
     for name, p in model.named_parameters():
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
-        if not (isinstance(model, hybrids.VAEGAN) and name.startswith("embed")):
+        shared = not isinstance(model, hybrids.DiffusionGAN) and name.startswith("embed")
+        if not shared:
             sides[name.startswith("critic")].append(gradient.flatten())
     return torch.cat(sides[True]), torch.cat(sides[False])
 

@@ -159,8 +159,8 @@ def obeyed(row):
 
 
 def claims_table(files):
-    """Claims with their figures. One holds if the first mean is better than the second by more
-    than both deviations over sampling seeds together. One training seed stands behind a row."""
+    """Claims with their figures. One holds if the first mean is better than the second by more than
+    the sum of their deviations over sampling seeds. One training seed stands behind a row."""
     rows, rate = files["quality"]["rows"], rates(files["speed"])
     figures, body = {}, []
     for label in rows.keys() & rate.keys():
@@ -179,7 +179,7 @@ def claims_table(files):
 
 def seeds_table(rows):
     """gan.py with its penalties (gamma 1) and without (0), for a third of its updates. sign_rate is
-    how often D was right in the last quarter: over 0.75 it has won. Claims are of each seed."""
+    how often D was right in the last quarter: over 0.75 it has won. Claims are of every seed."""
     figures = "sign_rate", "fld", "recall", "coverage"
     body = [[label, *(number(row[figure]) for figure in figures)] for label, row in rows.items()]
     rates = [row["sign_rate"]["mean"] for row in rows.values()]
@@ -212,7 +212,7 @@ def stacked_table(rows):
 
 
 def speed_table(speed):
-    """How fast each way to sample is; the ceiling is a large product's or copy's speed here."""
+    """How fast each way to sample is. The ceiling is this machine's at a large product or copy."""
     body = []
     for row in measured(speed, "sampling"):
         cells = [row["label"], row["mode"], row["batch"], row["evaluations"]]
@@ -225,7 +225,7 @@ def speed_table(speed):
 
 
 def training_table(speed):
-    """What training takes: the script's own update, times its number of updates."""
+    """What training takes: the script's own mean update, times its number of updates."""
     body = []
     for row in measured(speed, "training"):
         cells = [row["label"], row["mode"], row["batch"], row["updates"]]

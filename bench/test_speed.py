@@ -10,6 +10,7 @@ share of what the device does at most, and on CUDA the peak memory.
 """
 
 import functools
+import itertools
 import threading
 import time
 from unittest import mock
@@ -66,15 +67,16 @@ def captured(call):
 
 
 def stepwise(module, *argv):
-    """A call that lets the script's training do one more update. It runs in a thread, and in place
-    of the progress bar stands one that waits before each update until it is asked for."""
+    """A call that lets the script's training do one more update, of five places in turn, as a loss
+    may change with progress. It runs in a thread, and in place of the progress bar stands one that
+    waits before each update until it is asked for."""
     asked, ready = threading.Semaphore(0), threading.Semaphore(0)
 
     def bar(updates, **_):
-        for update in updates:
+        for share in itertools.cycle((0.1, 0.7, 0.3, 0.9, 0.5)):
             ready.release()
             asked.acquire()
-            yield update
+            yield 1 + int(share * len(updates))
 
     def one_more():
         asked.release()
@@ -117,12 +119,15 @@ def measure(benchmark, call, batch, config, **notes):
     once = seconds(call)
     if once < budget or notes["mode"] == "compiled":  # the first call is slower than the others
         once = seconds(call)
-    benchmark.pedantic(waiting(call), rounds=int(min(max(budget / once, 1), 100)))
+    training = notes["task"] == "training"
+    rounds = 5 * budget if training else int(min(max(budget / once, 1), 100))
+    benchmark.pedantic(waiting(call), rounds=rounds, warmup_rounds=5 * training)
     benchmark.group = notes["task"]
     benchmark.extra_info.update(notes, batch=batch)
     if benchmark.stats:
-        median = benchmark.stats.stats.median
-        benchmark.extra_info.update(seconds=median, images_per_s=batch / median)
+        stats = benchmark.stats.stats
+        typical = stats.mean if training else stats.median
+        benchmark.extra_info.update(seconds=typical, images_per_s=batch / typical)
     if DEVICE == "cuda":
         benchmark.extra_info["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
 
@@ -160,7 +165,7 @@ def test_sampling(benchmark, label, batch, mode, pytestconfig):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode in ("eager", "compiled")])
 @pytest.mark.parametrize("name", models.MODELS)
 def test_training(benchmark, name, mode, pytestconfig, tmp_path):
-    """One update of the script's own training."""
+    """The mean update of the script's own training."""
     flags, width = models.flags(name), pytestconfig.option.width
     sizes = ["--device", DEVICE, "--images", "1", *(["--width", str(width)] if width else [])]
     sizes += ["--compile"] if mode == "compiled" else []

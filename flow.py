@@ -165,8 +165,8 @@ class Flow(nn.Module):
         return loss, {"loss": loss}
 
     def pixel_logits(self, y):
-        """log P(k | y) of (7) up to a constant of k: y of any shape -> (..., 256)."""
-        x = torch.arange(256, device=y.device) / 127.5 - 1
+        """log P(k | y) of (7) up to a constant in k: y of any shape -> (..., 256)."""
+        x = torch.linspace(-1, 1, 256, device=y.device)
         return self.log_share - (y[..., None] - x) ** 2 / (2 * self.noise**2)
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class Flow(nn.Module):
         y = self.inverse(temperature * z, c, guidance)
         levels = torch.linspace(-2, 2, 4001, device=y.device)
         likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1            # a table of (7)
-        return likeliest[(1000 * y + 2000).round().long().clamp(0, 4000)]
+        return likeliest[(1000 * y + 2000).long().clamp(0, 4000)]
 
     @torch.no_grad()
     def encode(self, x, c):

@@ -1,21 +1,20 @@
 """Hybrids: a critic joins a VAE, a flow or a diffusion model, all in one loop.
 
   D's loss = softplus(D(fake) - D(real)) + gamma / 2 (R1 + R2),   as in gan.py                 (1)
-  the model's loss = L + w softplus(D(real) - D(fake)),   with an L of its own:                (2)
-  vae-gan: L = log2 |phi(x) - phi(x^)| + log2 |x - x^| / 10 + beta KL;   a fake is a decoded z (3)
-  flow-gan: L = -log p(y),   and a fake is E[x | y] of a y from the guided inverse             (4)
+  the model's loss = L + w softplus(D(real) - D(fake)),   with an L of its own, per value:     (2)
+  vae-gan: L = log2 |phi(x) - phi(x^)| + log2 |x - x^| / 10 + beta KL;   fakes: z ~ N(0, I)    (3)
+  flow-gan: L = -log p(y);   a fake is E[x | y] of a y from the guided inverse of 0.9 z        (4)
   diffusion-gan: x_t = (1 - t) x + t eps,   s = t - 1 / T,   x^ = G(x_t, t, z, c),   with the
-    fake x_s' ~ q(x_s | x_t, x^) and the real x_s ~ q(x_s | x_t, x) of the same noise, which D
-    sees beside x_t;   L = 10 |x_s' - x_s|^2                                                   (5)
-  q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) q x) / t^2, q s^2 / t^2),
-    a = (1 - t) / (1 - s),   q = t^2 - (a s)^2                                                 (6)
+    fake x^_s ~ q(x_s | x_t, x^) and the real x_s ~ q(x_s | x_t, x), by one new noise, which D
+    sees beside x_t;   L = 10 |x^_s - x_s|^2                                                   (5)
+  q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) b x) / t^2, b s^2 / t^2),
+    a = (1 - t) / (1 - s),   b = t^2 - (a s)^2                                                 (6)
 
-(3): Larsen et al. 2016. The distance of the critic's features phi replaces most of the pixels', as
-the critic sees blur; beta falls from 100 to 16. The logarithms are bits of normals with the best
-variance (Rybkin et al. 2021). (4): Grover et al. 2018. The flow first learns alone; then D compares
-the mean image behind such a y with that behind a noisy real image. (5): Xiao et al. 2022. Over a
-long step q(x_s | x_t) is no normal: G needs a z of its own; L keeps x^ near x (Xu et al. 2024).
-Coupling and duel are copies that cite the equations of flow.py and gan.py.
+(3): Larsen et al. 2016; phi is D's coarse grid, which sees blur. Up to a constant, a logarithm is
+the bits of a normal with the best variance (Rybkin et al. 2021). (4): Grover et al. 2018, y as in
+flow.py. The flow first learns alone; then D compares E[x | y] of drawn y with that of noisy real
+images. (5): Xiao et al. 2022. Over a long step q(x_s | x_t) is no normal: G needs a z of its own;
+L keeps x^ near x (Xu et al. 2024). Coupling and duel cite the equations of flow.py and gan.py.
 
   python hybrids.py --train --model vae-gan                    or flow-gan, or diffusion-gan
 """
@@ -174,7 +173,7 @@ def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
 
 
 class Critic(nn.Module):
-    """D for x (B, n C, H, W) and c (B, E): an encoder without normalization, -> (B,)."""
+    """D for x (B, C or 2 C, H, W) and c (B, E): an encoder without normalization, -> (B,)."""
 
     def __init__(self, shape, width, dim):
         super().__init__()
@@ -219,8 +218,8 @@ class VAEGAN(nn.Module):
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
     def loss(self, x, c, progress=1.0, gamma=1.0, weight=1.0):
-        """(1) + (2) with (3) for x (B, C, H, W) in [-1, 1] and c (B, E), after a share of training,
-        and what is logged. Each player gets its own loss's gradient; L and D's train the text."""
+        """For x (B, C, H, W) in [-1, 1], c (B, E) and the share of training done: a number with the
+        gradient of (1) for D, of (2) with (3) for others, of L and (1) for the text; and a log."""
         mu, log_var = self.infer(x, c)
         y = self.decode(prior.reparameterize(mu, log_var), c)
         text = c.detach()
@@ -248,7 +247,7 @@ class VAEGAN(nn.Module):
 
 
 class FlowGAN(nn.Module):
-    """(4): a flow, whose samples a critic judges, one in eight images. See flow.py's equations."""
+    """(4): a flow, and a critic of one sample for every eight images. See flow.py's equations."""
 
     defaults = dict(train_steps=3000, batch_size=128, lr=1e-3, betas=(0.5, 0.99), hide=0.1)
     noise = 0.15
@@ -268,8 +267,7 @@ class FlowGAN(nn.Module):
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
         self.register_buffer("log_share", torch.zeros(256))
-        frequency = k**2 + k[:, None] ** 2
-        frequency = frequency.flatten().repeat(shape[0])
+        frequency = (k**2 + k[:, None] ** 2).flatten().repeat(shape[0])
         low = min(256, n // 2)
         low, high = frequency.argsort(stable=True).split([low, n - low])
         places = [(low, high)]
@@ -300,28 +298,30 @@ class FlowGAN(nn.Module):
     def inverse(self, z, c, guidance=1.0):
         """z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
         h = z.flatten(1)
-        null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long))
+        null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
         for coupling in reversed(self.couplings):
             h = coupling.inverse(h, c, null, guidance)
         h = h * self.std + self.mean
         return self.dct.T @ h.view_as(z) @ self.dct
 
     def loss(self, x, c, progress=1.0, gamma=1.0, weight=0.01):
-        """(1) + (2) with (4), as VAEGAN's; at first L is all."""
+        """As VAEGAN's, with (4), for each eighth image. At first it is L alone."""
         y = x + self.noise * torch.randn_like(x)
         z, log_det = self(y, c)
         nats = -(prior.log_prob(z) + log_det).mean() / x[0].numel()
         if progress < 0.6:
             return nats, {"nats": nats}
         real, text = y[::8], c[::8]
+        self.couplings.eval()  # guidance would enlarge the noise of dropout
         fake = self.inverse(0.9 * torch.randn_like(real), text.detach(), 1.5)
+        self.couplings.train(self.training)
         pair = self.expected(real), self.expected(fake)
         loss, log = duel(self.critic, *pair, text, gamma, weight)
         return loss + nats, log | {"nats": nats}
 
     def pixel_logits(self, y):
-        """log P(k | y) up to a constant of k: y of any shape -> (..., 256)."""
-        x = torch.arange(256, device=y.device) / 127.5 - 1
+        """log P(k | y) up to a constant in k: y of any shape -> (..., 256)."""
+        x = torch.linspace(-1, 1, 256, device=y.device)
         return self.log_share - (y[..., None] - x) ** 2 / (2 * self.noise**2)
 
     def expected(self, y):
@@ -331,11 +331,11 @@ class FlowGAN(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, c, guidance=1.5, temperature=0.9):
-        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], in one pass."""
+        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1]: y's likeliest pixel values."""
         y = self.inverse(temperature * z, c, guidance)
         levels = torch.linspace(-2, 2, 4001, device=y.device)
         likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1
-        return likeliest[(1000 * y + 2000).round().long().clamp(0, 4000)]
+        return likeliest[(1000 * y + 2000).long().clamp(0, 4000)]
 
     @torch.no_grad()
     def encode(self, x, c):
@@ -375,9 +375,9 @@ class DiffusionGAN(nn.Module):
         t = k[:, None, None, None] / self.steps
         s = t - 1 / self.steps
         a = (1 - t) / (1 - s)
-        q = t**2 - (a * s) ** 2
-        mean = (a * s**2 * x_t + (1 - s) * q * x) / t**2
-        return mean + q.sqrt() * s / t * eps
+        b = t**2 - (a * s) ** 2
+        mean = (a * s**2 * x_t + (1 - s) * b * x) / t**2
+        return mean + b.sqrt() * s / t * eps
 
     def loss(self, x, c, progress=1.0, gamma=0.05, weight=1.0):
         """(1) + (2) with (5), as VAEGAN's, but D's loss does not train the text."""
@@ -551,7 +551,7 @@ def main(argv=None):
     flag("--train-steps", type=int, help="updates")
     flag("--batch-size", type=int, help="images an update, of all ranks together")
     flag("--lr", type=float, default=1.5e-3)
-    flag("--width", type=int, default=64, help="channels on the fine grid")
+    flag("--width", type=int, default=64, help="of the networks")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
     flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")

@@ -170,7 +170,7 @@ class Flow(nn.Module):
         return self.log_share - (y[..., None] - x) ** 2 / (2 * self.noise**2)
 
     @torch.no_grad()
-    def sample(self, z, c, guidance=1.5, temperature=0.9):
+    def sample(self, z, c, guidance=1.5, temperature=0.8):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], by (5), (6) and the likeliest k."""
         y = self.inverse(temperature * z, c, guidance)
         levels = torch.linspace(-2, 2, 4001, device=y.device)
@@ -325,7 +325,7 @@ def main(argv=None):
     flag("--npz", type=Path, help="also write the images x and their captions y to this file")
     flag("--noise", type=float, default=0.15, help="s in (1)")
     flag("--guidance", type=float, default=1.5, help="w in (6); 1 is the conditional model itself")
-    flag("--temperature", type=float, default=0.9, help="what z is multiplied with")
+    flag("--temperature", type=float, default=0.8, help="what z is multiplied with")
     args = parser.parse_args(argv)
     if args.width % 8:
         parser.error("--width takes a multiple of 8")

@@ -330,7 +330,7 @@ class FlowGAN(nn.Module):
         return p @ torch.linspace(-1, 1, 256, device=y.device)
 
     @torch.no_grad()
-    def sample(self, z, c, guidance=1.5, temperature=0.9):
+    def sample(self, z, c, guidance=1.5, temperature=0.8):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1]: y's likeliest pixel values."""
         y = self.inverse(temperature * z, c, guidance)
         levels = torch.linspace(-2, 2, 4001, device=y.device)

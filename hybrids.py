@@ -233,7 +233,7 @@ class VAEGAN(nn.Module):
         fake = self.decode(torch.randn_like(mu), text)
         loss, log = duel(self.critic, x, fake, c, gamma, weight)
         log |= {"distance": distance, "kl": kl}
-        return loss + likeness + 100 * 0.16**progress * kl, log
+        return loss + likeness + 100 * 0.16**progress * kl, log  # beta falls from 100 to 16
 
     @torch.no_grad()
     def sample(self, z, c):
@@ -380,7 +380,7 @@ class DiffusionGAN(nn.Module):
         return mean + b.sqrt() * s / t * eps
 
     def loss(self, x, c, progress=1.0, gamma=0.05, weight=1.0):
-        """(1) + (2) with (5), as VAEGAN's, but D's loss does not train the text."""
+        """As VAEGAN's, with (5), but the text gets the gradient of (2), and not (1)'s."""
         k = torch.randint(1, self.steps + 1, (len(x),), device=x.device)
         t = k[:, None, None, None] / self.steps
         x_t = (1 - t) * x + t * torch.randn_like(x)

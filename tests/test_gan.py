@@ -22,10 +22,9 @@ def squares(x):
 
 
 def test_penalties_of_a_quadratic_critic_are_in_closed_form():
-    """D(x) = a |x|^2 / 2 + <b, x> has the gradient a x + b."""
+    """D(x) = a |x|^2 / 2 + <b, x> has the gradient a x + b. gamma = 2 adds the penalties."""
     a, b = 0.7, torch.randn(1, 2, 3, 3)
     real, fake = torch.randn(2, 5, 2, 3, 3)
-    # the penalties are what gamma = 2 adds
 
     def judge(x, c):
         each = a * x.square() / 2 + b * x
@@ -52,8 +51,7 @@ def critics_loss(judge, real, fake, gamma, kind):
     if kind == "relativistic":
         loss = F.softplus(d_fake - d_real) + gamma / 2 * (r1 + r2)
     else:
-        loss = F.softplus(-d_real) + F.softplus(d_fake)
-        loss = loss + gamma / 2 * r1
+        loss = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     return loss.mean()
 
 
@@ -73,8 +71,7 @@ class Points(nn.Sequential):
 
     def forward(self, x, c=None):
         y = super().forward(x.flatten(1))
-        images = y.unflatten(1, (-1, 1, 1))
-        return images.flatten() if y.shape[1] == 1 else images
+        return y.flatten() if y.shape[1] == 1 else y.unflatten(1, (-1, 1, 1))
 
 
 def gradients(loss, weights):
@@ -99,15 +96,13 @@ def test_one_backward_pass_gives_each_player_its_own_gradient(kind, gamma, weigh
 
     g.requires_grad_(False)
     loss_d = critics_loss(d, real, g(z), gamma, kind)
-    truth = gradients(loss_d, weights_d)
-    assert_same(gradients(loss, weights_d), truth)
+    assert_same(gradients(loss, weights_d), gradients(loss_d, weights_d))
 
     g.requires_grad_(True)
     d.requires_grad_(False)
     loss_g = generators_loss(d, real, g(z), kind)
     d.requires_grad_(True)
-    truth = gradients(weight * loss_g, weights_g)
-    assert_same(gradients(loss, weights_g), truth)
+    assert_same(gradients(loss, weights_g), gradients(weight * loss_g, weights_g))
 
     assert close(log["loss_d"], loss_d)
     assert close(log["loss_g"], loss_g)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import fill_zeros
+from torch.autograd import gradcheck
 
 import hybrids
 
@@ -62,19 +63,23 @@ def test_the_model_does_not_learn_from_the_penalties(model):
 def test_weight_0_is_the_model_itself_and_no_other_weight_is(model, monkeypatch):
     _, text_0, zero = gradients(model, weight=0.0)
     _, text_1, one = gradients(model, weight=1.0)
-    _, _, two = gradients(model, weight=2.0)
+    _, text_2, two = gradients(model, weight=2.0)
     assert same(two - zero, 2 * (one - zero))
+    assert same(text_2 + text_0, 2 * text_1)
     assert same(text_1, text_0) != isinstance(model, hybrids.DiffusionGAN)
     assert (one - zero).abs().max() > 1e-6
     monkeypatch.setattr(hybrids, "duel", no_duel)
-    assert same(gradients(model)[2], zero)
+    _, text, others = gradients(model)
+    assert same(others, zero)
+    assert same(text, text_0) == isinstance(model, hybrids.DiffusionGAN)
 
 
 def test_gradients_pass_the_guided_inverse_of_the_flow():
     model = build("flow-gan").double()
     z = torch.randn(2, *SHAPE, dtype=torch.float64, requires_grad=True)
     c = model.embed(model.tokenize(["left", "right"])).detach().requires_grad_()
-    assert torch.autograd.gradcheck(model.inverse, (z, c, 1.5))
+    inputs = z, c, model.couplings[3].net[0].weight  # which gradcheck changes in their place
+    assert gradcheck(lambda *_: model.inverse(z, c, 1.5), inputs, fast_mode=True)
 
 
 def test_the_critic_sees_samples_without_dropout(monkeypatch):

@@ -3,18 +3,16 @@
   D's loss = softplus(D(fake) - D(real)) + gamma / 2 (R1 + R2),   as in gan.py                 (1)
   the model's loss = L + w softplus(D(real) - D(fake)),   with an L of its own, per value:     (2)
   vae-gan: L = log2 |phi(x) - phi(x^)| + log2 |x - x^| / 10 + beta KL;   fakes: z ~ N(0, I)    (3)
-  flow-gan: L = -log p(y);   a fake is E[x | y] of a y from the guided inverse of 0.9 z        (4)
-  diffusion-gan: x_t = (1 - t) x + t eps,   s = t - 1 / T,   x^ = G(x_t, t, z, c),   with the
-    fake x^_s ~ q(x_s | x_t, x^) and the real x_s ~ q(x_s | x_t, x), by one new noise, which D
-    sees beside x_t;   L = 10 |x^_s - x_s|^2                                                   (5)
+  flow-gan: L = -log p(y);   D sees E[x | y] of real y and of the guided inverse y of 0.9 z    (4)
+  diffusion-gan: x_t = (1 - t) x + t eps,   x^ = G(x_t, t, z, c),   s = t - 1 / T;   D sees, with
+    x_t, x^_s ~ q(x_s | x_t, x^) and x_s ~ q(x_s | x_t, x) of one noise; L = 10 |x^_s - x_s|^2 (5)
   q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) b x) / t^2, b s^2 / t^2),
     a = (1 - t) / (1 - s),   b = t^2 - (a s)^2                                                 (6)
 
 (3): Larsen et al. 2016; phi is D's coarse grid, which sees blur. Up to a constant, a logarithm is
-the bits of a normal with the best variance (Rybkin et al. 2021). (4): Grover et al. 2018, y as in
-flow.py. The flow first learns alone; then D compares E[x | y] of drawn y with that of noisy real
-images. (5): Xiao et al. 2022. Over a long step q(x_s | x_t) is no normal: G needs a z of its own;
-L keeps x^ near x (Xu et al. 2024). Coupling and duel cite the equations of flow.py and gan.py.
+the bits of a normal of the best variance (Rybkin et al. 2021). (4): Grover et al. 2018; first the
+flow of flow.py learns alone. (5): Xiao et al. 2022; over a long step q(x_s | x_t) is no normal, so
+G needs a z of its own; L keeps x^ near x (Xu et al. 2024). Coupling and duel cite flow.py, gan.py.
 
   python hybrids.py --train --model vae-gan                    or flow-gan, or diffusion-gan
 """
@@ -151,10 +149,9 @@ class Coupling(nn.Module):
 
 
 def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
-    """A number that has the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times
-    G's loss for fake (B, C, H, W), and what is logged. By the chain rule the latter is dD/dx, which
-    R2 needs anyway, times the derivative of softplus; so it leaves D's weights alone."""
-    images = torch.cat([real, fake]).detach().requires_grad_()
+    """A number with the gradients of D's loss for D = judge(x, c) -> (B,) and of weight times G's
+    for fake (B, C, H, W), and a log. The latter is dD/dx, as in R2, times that of softplus."""
+    images = torch.cat([real, fake.clamp(-1, 1)]).detach().requires_grad_()
     d = judge(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
     r1, r2 = slope.square().sum((1, 2, 3)).chunk(2)                            # (4)
@@ -162,10 +159,12 @@ def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
     if kind == "relativistic":
         lead = d_real - d_fake
         loss_d = F.softplus(-lead) + gamma / 2 * (r1 + r2)                     # (2)
-    else:
+    else:  # of each image by itself (Goodfellow et al. 2014)
         lead = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
-    rise = (slope.chunk(2)[1].detach() * fake).sum((1, 2, 3))
+    _, slope = slope.detach().chunk(2)
+    inward = torch.minimum(slope * fake, slope.abs())  # never further out of [-1, 1]
+    rise = inward.sum((1, 2, 3))
     loss = loss_d - weight * lead.sigmoid().detach() * rise                    # (3)
     log = {"loss_d": loss_d, "loss_g": F.softplus(lead), "margin": d_real - d_fake}
     log["sign_rate"] = (d_real > d_fake).float()
@@ -267,6 +266,7 @@ class FlowGAN(nn.Module):
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
         self.register_buffer("log_share", torch.zeros(256))
+        self.register_buffer("values", torch.linspace(-1, 1, 256))
         frequency = (k**2 + k[:, None] ** 2).flatten().repeat(shape[0])
         low = min(256, n // 2)
         low, high = frequency.argsort(stable=True).split([low, n - low])
@@ -321,13 +321,12 @@ class FlowGAN(nn.Module):
 
     def pixel_logits(self, y):
         """log P(k | y) up to a constant in k: y of any shape -> (..., 256)."""
-        x = torch.linspace(-1, 1, 256, device=y.device)
-        return self.log_share - (y[..., None] - x) ** 2 / (2 * self.noise**2)
+        return self.log_share - (y[..., None] - self.values) ** 2 / (2 * self.noise**2)
 
     def expected(self, y):
         """E[x | y] of each pixel: y (B, C, S, S) -> (B, C, S, S)."""
         p = self.pixel_logits(y).softmax(-1)
-        return p @ torch.linspace(-1, 1, 256, device=y.device)
+        return p @ self.values
 
     @torch.no_grad()
     def sample(self, z, c, guidance=1.5, temperature=0.8):
@@ -384,18 +383,19 @@ class DiffusionGAN(nn.Module):
         k = torch.randint(1, self.steps + 1, (len(x),), device=x.device)
         t = k[:, None, None, None] / self.steps
         x_t = (1 - t) * x + t * torch.randn_like(x)
-        eps = torch.randn_like(x)
-        real = self.step(x, x_t, k, eps)
         x_hat = self.denoise(x_t, k, c)
-        fake = self.step(x_hat, x_t, k, eps)
-        own = 10 * F.mse_loss(fake, real)
-        beside = torch.cat([x_t, x_t])
+        eps = torch.randn_like(x)
 
         def judge(images, text):
-            return self.critic(torch.cat([images, beside], 1), text)
+            x_s = self.step(images.view(2, *x.shape), x_t, k, eps)
+            pair = torch.cat([x_s, x_t.expand_as(x_s)], 2)
+            return self.critic(pair.flatten(0, 1), text)
 
         text = c.detach() + self.critic_time(k)
-        loss, log = duel(judge, real, fake, text, gamma, weight)
+        loss, log = duel(judge, x, x_hat, text, gamma, weight)
+        pair = torch.stack([x, x_hat])
+        real, fake = self.step(pair, x_t, k, eps)
+        own = 10 * F.mse_loss(fake, real)
         return loss + own, log | {"own": own}
 
     @torch.no_grad()

@@ -19,8 +19,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tiny network
 
 def path_of(model):
     """The script that has the model."""
-    name = "hybrids" if model in HYBRIDS else model
-    return ROOT / f"{name}.py"
+    return ROOT / ("hybrids.py" if model in HYBRIDS else f"{model}.py")
 
 
 def module_of(model):
@@ -29,8 +28,7 @@ def module_of(model):
 
 def tiny(model, data):
     """The flags of a run that takes a second."""
-    flags = ["--data", str(data), "--device", "cpu", "--images", "2"]
-    flags += ["--width", "8", "--batch-size", "8"]
+    flags = f"--data {data} --device cpu --images 2 --width 8 --batch-size 8".split()
     if model == "diffusion":
         flags += ["--steps", "2"]
     if model in HYBRIDS:
@@ -43,8 +41,7 @@ def refusal(call, *argv):
     with pytest.raises(SystemExit) as stop:
         call(*argv)
     line = stop.value.code
-    assert isinstance(line, str)
-    assert len(line.splitlines()) == 1
+    assert isinstance(line, str) and len(line.splitlines()) == 1
     return line
 
 

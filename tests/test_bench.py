@@ -237,12 +237,10 @@ class TestModels:
         for name in models.MODELS:
             for label, options in models.settings(name).items():
                 counts[label] = models.cost(tiny(name), **options)["evaluations"]
-        assert counts["vae"] == counts["gan"] == counts["vae-gan"] == 1
-        assert (counts["flow"], counts["flow, guidance 1"]) == (2, 1)
-        assert (counts["diffusion"], counts["diffusion, guidance 1"]) == (40, 20)
-        assert (counts["diffusion, dpm, 4 steps"], counts["diffusion-gan"]) == (8, 4)
-        assert (counts["autoregressive"], counts["one-step"]) == (64, 1)
-        assert counts["one-step, 4 steps"] == 4
+        truth = {"vae": 1, "gan": 1, "vae-gan": 1, "flow": 2, "flow, guidance 1": 1}
+        truth |= {"diffusion": 40, "diffusion, guidance 1": 20, "diffusion, dpm, 4 steps": 8}
+        truth |= {"diffusion-gan": 4, "autoregressive": 64, "one-step": 1, "one-step, 4 steps": 4}
+        assert counts == counts | truth
 
     def test_images_are_drawn_as_the_script_draws_them(self, run):
         model, checkpoint = models.load(run.folder)
@@ -263,19 +261,17 @@ class TestModels:
 
 class TestExplore:
     def test_a_run_of_each_model_gets_its_pictures(self, run, data, capsys):
-        argv = f"{run.folder} --data {data} --images 4 --device cpu"
-        explore.main(argv.split())
+        explore.main(f"{run.folder} --data {data} --images 4 --device cpu".split())
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
         kinds = {"vae": "importance-weighted bound", "diffusion": "ODE estimate", "flow": "bound"}
         kinds |= {"flow-gan": "bound", "autoregressive": "exact"}
         assert last["model"] == run.name
         assert last.get("kind") == kinds.get(run.name)
         assert ("bits_per_dim" in last) == ("standard_error" in last) == (run.name in kinds)
-        pictures = {path.stem for path in run.folder.glob("*.png")}
         wanted = {"samples", "interpolation", "path", "loss"}
         if hasattr(models.network(run.name), "encode"):
             wanted.add("reconstruction")
-        assert pictures == wanted
+        assert {path.stem for path in run.folder.glob("*.png")} == wanted
 
     def test_paths_end_in_the_sample(self):
         for name, show in (("diffusion", explore.steps), ("flow", explore.layers)):
@@ -339,8 +335,7 @@ class TestBenchmark:
         """Through gpu.sh, which hands its options on to pytest."""
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-        wanted = "[vae-1-eager or flow-gan and training"
-        options = ["--quick", "--width", "8", "-k", wanted]
+        options = ["--quick", "--width", "8", "-k", "[vae-1-eager or flow-gan and training"]
         call = ["bash", "bench/gpu.sh", "speed", str(tmp_path), *options]
         subprocess.run(call, cwd=report.ROOT, env=env, check=True, capture_output=True)
         speed = report.read(tmp_path / "speed.json")
@@ -396,8 +391,7 @@ class TestDatasets:
 
     def test_modes_of_stacked_digits(self):
         """Read by a stub for which a digit is the first pixel."""
-        names = sorted(reader.DIGITS)
-        first = SimpleNamespace(values=[[], [], names])
+        first = SimpleNamespace(values=[[], [], sorted(reader.DIGITS)])
         first.features = lambda x: x[:, 0, 0, 0].long()
         first.classify = lambda features: [None, None, features]
         x = bytes_of(5000, 3, 2, 2, top=10)

@@ -89,6 +89,16 @@ def test_the_critic_sees_samples_without_dropout(monkeypatch):
     assert seen == [False] and model.couplings.training
 
 
+def test_the_critic_sees_steps_of_one_noise_to_the_clamped_images(monkeypatch):
+    model, seen = build("diffusion-gan"), []
+    monkeypatch.setattr(model, "denoise", lambda x_t, k, c: torch.full_like(x_t, 3.0))
+    model.critic.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.loss(torch.ones(8, *SHAPE), torch.zeros(8, 32))
+    real, fake = seen[0].chunk(2)
+    x_s, x_t = real.chunk(2, 1)
+    assert torch.equal(real, fake) and not torch.equal(x_s, x_t)
+
+
 def test_the_flow_learns_alone_before_the_critic_does():
     critic, _, flow = gradients(build("flow-gan"), progress=0.59)
     assert flow.any() and not critic.any()

@@ -235,9 +235,9 @@ class VAEGAN(nn.Module):
         return loss + likeness + 100 * 0.16**progress * kl, log  # beta falls from 100 to 16
 
     @torch.no_grad()
-    def sample(self, z, c):
-        """z ~ N(0, I) (B, D), c (B, E) -> x in [-1, 1] (B, C, H, W)."""
-        return self.decode(z, c).clamp(-1, 1)
+    def sample(self, z, c, temperature=0.8):
+        """z ~ N(0, I) (B, D), c (B, E) -> x in [-1, 1] (B, C, H, W), from temperature * z."""
+        return self.decode(temperature * z, c).clamp(-1, 1)
 
     @torch.no_grad()
     def encode(self, x, c):

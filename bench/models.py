@@ -104,7 +104,7 @@ def settings(name, steps=(1, 2, 4, 10)):
     """The ways to sample that are compared, the default first: label -> options of sample."""
     ways = {name: {}}
     if options(name) != options(name) | plain(name):
-        ways[f"{name}, guidance 1"] = plain(name)
+        ways[f"{name}, {next(iter(plain(name)))} 1"] = plain(name)
     few = {"sampler": "dpm"} if "sampler" in options(name) else {}
     for n in steps if "steps" in options(name) else ():
         if n != options(name)["steps"]:

@@ -148,8 +148,8 @@ class GAN(nn.Module):
 
 
 def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
-    """A number with the gradients of D's loss for D = judge(x, c) -> (B,) and of weight times G's
-    for fake (B, C, H, W), and a log. The latter is dD/dx, as in R2, times that of softplus."""
+    """A number that has the gradient of D's loss for D = judge(x, c) -> (B,), and for fake
+    (B, C, H, W) that of weight times the loss of G: dD/dx times that of softplus; and a log."""
     images = torch.cat([real, fake.clamp(-1, 1)]).detach().requires_grad_()
     d = judge(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)

@@ -1,18 +1,18 @@
 """Hybrids: a critic joins a VAE, a flow or a diffusion model, all in one loop.
 
   D's loss = softplus(D(fake) - D(real)) + gamma / 2 (R1 + R2),   as in gan.py                 (1)
-  the model's loss = L + w softplus(D(real) - D(fake)),   with an L of its own, per value:     (2)
+  the model's loss = L + w softplus(D(real) - D(fake)),   L per value, |.| a batch's rms:      (2)
   vae-gan: L = log2 |phi(x) - phi(x^)| + log2 |x - x^| / 10 + beta KL;   fakes: z ~ N(0, I)    (3)
-  flow-gan: L = -log p(y);   D sees E[x | y] of real y and of the guided inverse y of 0.9 z    (4)
-  diffusion-gan: x_t = (1 - t) x + t eps,   x^ = G(x_t, t, z, c),   s = t - 1 / T;   D sees, with
-    x_t, x^_s ~ q(x_s | x_t, x^) and x_s ~ q(x_s | x_t, x) of one noise; L = 10 |x^_s - x_s|^2 (5)
+  flow-gan: L = -log p(y);   D sees E[x | y] for y = x + noise and for y drawn from 0.9 z      (4)
+  diffusion-gan: x_t = (1 - t) x + t eps,   x^ = G(x_t, t, z, c),   s = t - 1 / T;   given x_t, D
+    sees x^_s ~ q(x_s | x_t, x^) and x_s ~ q(x_s | x_t, x), one noise;   L = 10 |x^_s - x_s|^2 (5)
   q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) b x) / t^2, b s^2 / t^2),
     a = (1 - t) / (1 - s),   b = t^2 - (a s)^2                                                 (6)
 
-(3): Larsen et al. 2016; phi is D's coarse grid, which sees blur. Up to a constant, a logarithm is
-the bits of a normal of the best variance (Rybkin et al. 2021). (4): Grover et al. 2018; first the
-flow of flow.py learns alone. (5): Xiao et al. 2022; over a long step q(x_s | x_t) is no normal, so
-G needs a z of its own; L keeps x^ near x (Xu et al. 2024). Coupling and duel cite flow.py, gan.py.
+(3): Larsen et al. 2016; phi is D's coarse grid, which notices blur. Up to a constant, a log2 is the
+bits of a normal of the best variance (Rybkin et al. 2021). (4): Grover et al. 2018; the flow learns
+alone at first. (5): Xiao et al. 2022; q(x_s | x_t) of a long step is no normal: G needs its own z;
+L keeps x^ near x (Xu et al. 2024). Coupling cites equations of flow.py, and duel of gan.py.
 
   python hybrids.py --train --model vae-gan                    or flow-gan, or diffusion-gan
 """
@@ -149,8 +149,8 @@ class Coupling(nn.Module):
 
 
 def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
-    """A number that has the gradient of D's loss for D = judge(x, c) -> (B,), and for fake
-    (B, C, H, W) that of weight times the loss of G: dD/dx times that of softplus; and a log."""
+    """A number with the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times G's
+    for fake (B, C, H, W), where that does not lead further out of [-1, 1]; and a log."""
     images = torch.cat([real, fake.clamp(-1, 1)]).detach().requires_grad_()
     d = judge(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
@@ -163,7 +163,7 @@ def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
         lead = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     _, slope = slope.detach().chunk(2)
-    inward = torch.minimum(slope * fake, slope.abs())  # never further out of [-1, 1]
+    inward = torch.minimum(slope * fake, slope.abs())  # flat further out
     rise = inward.sum((1, 2, 3))
     loss = loss_d - weight * lead.sigmoid().detach() * rise                    # (3)
     log = {"loss_d": loss_d, "loss_g": F.softplus(lead), "margin": d_real - d_fake}
@@ -305,7 +305,7 @@ class FlowGAN(nn.Module):
         return self.dct.T @ h.view_as(z) @ self.dct
 
     def loss(self, x, c, progress=1.0, gamma=1.0, weight=0.01):
-        """As VAEGAN's, with (4), for each eighth image. At first it is L alone."""
+        """As VAEGAN's, with (4); D sees each eighth image. At first it is L alone."""
         y = x + self.noise * torch.randn_like(x)
         z, log_det = self(y, c)
         nats = -(prior.log_prob(z) + log_det).mean() / x[0].numel()
@@ -403,9 +403,9 @@ class DiffusionGAN(nn.Module):
         """z ~ N(0, I) (B, C, H, W), c (B, E) -> x in [-1, 1], in T steps from x_1 = z."""
         for i in range(self.steps, 0, -1):
             k = torch.full((len(z),), i, device=z.device)
-            x = self.denoise(z, k, c)
+            x = self.denoise(z, k, c).clamp(-1, 1)
             z = self.step(x, z, k, torch.randn_like(z))
-        return z.clamp(-1, 1)
+        return z
 
 
 MODELS = {"vae-gan": VAEGAN, "flow-gan": FlowGAN, "diffusion-gan": DiffusionGAN}

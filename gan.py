@@ -8,7 +8,7 @@
 (2) and (3) compare a real and a generated image of one text (Jolicoeur-Martineau 2019): G gains
 little by drawing a few modes well. With both penalties (4), training that is near the equilibrium
 converges to it (R3GAN, Huang et al. 2024). There sign_rate, the share of D(x, c) > D(x^, c), is
-1/2. D sees x^ as it is drawn, clamped to [-1, 1], and no gradient leads G further out.
+1/2. D sees x^ clamped to the range of x, as it is drawn, and no gradient leads further out.
 
   python gan.py --train   7.2 minutes on two AVX-512 cores, torch 2.13.0, fp32: FLD 8.4 (n = 1)
 """
@@ -149,8 +149,9 @@ class GAN(nn.Module):
 
 def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
     """A number with the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times G's
-    for fake (B, C, H, W), where that does not lead further out of [-1, 1]; and a log."""
-    images = torch.cat([real, fake.clamp(-1, 1)]).detach().requires_grad_()
+    for fake (B, C, H, W), where that does not lead further out of the reals' range; and a log."""
+    drawn = fake.clamp(real.min(), real.max())
+    images = torch.cat([real, drawn]).detach().requires_grad_()
     d = judge(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
     r1, r2 = slope.square().sum((1, 2, 3)).chunk(2)                            # (4)
@@ -162,8 +163,7 @@ def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
         lead = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     _, slope = slope.detach().chunk(2)
-    inward = torch.minimum(slope * fake, slope.abs())  # flat further out
-    rise = inward.sum((1, 2, 3))
+    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))  # flat further out
     loss = loss_d - weight * lead.sigmoid().detach() * rise                    # (3)
     log = {"loss_d": loss_d, "loss_g": F.softplus(lead), "margin": d_real - d_fake}
     log["sign_rate"] = (d_real > d_fake).float()

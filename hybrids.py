@@ -150,8 +150,9 @@ class Coupling(nn.Module):
 
 def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
     """A number with the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times G's
-    for fake (B, C, H, W), where that does not lead further out of [-1, 1]; and a log."""
-    images = torch.cat([real, fake.clamp(-1, 1)]).detach().requires_grad_()
+    for fake (B, C, H, W), where that does not lead further out of the reals' range; and a log."""
+    drawn = fake.clamp(real.min(), real.max())
+    images = torch.cat([real, drawn]).detach().requires_grad_()
     d = judge(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
     r1, r2 = slope.square().sum((1, 2, 3)).chunk(2)                            # (4)
@@ -163,8 +164,7 @@ def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
         lead = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     _, slope = slope.detach().chunk(2)
-    inward = torch.minimum(slope * fake, slope.abs())  # flat further out
-    rise = inward.sum((1, 2, 3))
+    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))  # flat further out
     loss = loss_d - weight * lead.sigmoid().detach() * rise                    # (3)
     log = {"loss_d": loss_d, "loss_g": F.softplus(lead), "margin": d_real - d_fake}
     log["sign_rate"] = (d_real > d_fake).float()
@@ -385,17 +385,17 @@ class DiffusionGAN(nn.Module):
         x_t = (1 - t) * x + t * torch.randn_like(x)
         x_hat = self.denoise(x_t, k, c)
         eps = torch.randn_like(x)
+        real = self.step(x, x_t, k, eps)
+        fake = self.step(x_hat, x_t, k, eps)
+        own = 10 * F.mse_loss(fake, real)
+        fake = self.step(x_hat.clamp(-1, 1), x_t, k, eps)
+        beside = torch.cat([x_t, x_t])
 
         def judge(images, text):
-            x_s = self.step(images.view(2, *x.shape), x_t, k, eps)
-            pair = torch.cat([x_s, x_t.expand_as(x_s)], 2)
-            return self.critic(pair.flatten(0, 1), text)
+            return self.critic(torch.cat([images, beside], 1), text)
 
         text = c.detach() + self.critic_time(k)
-        loss, log = duel(judge, x, x_hat, text, gamma, weight)
-        pair = torch.stack([x, x_hat])
-        real, fake = self.step(pair, x_t, k, eps)
-        own = 10 * F.mse_loss(fake, real)
+        loss, log = duel(judge, real, fake, text, gamma, weight)
         return loss + own, log | {"own": own}
 
     @torch.no_grad()

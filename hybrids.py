@@ -383,12 +383,11 @@ class DiffusionGAN(nn.Module):
         k = torch.randint(1, self.steps + 1, (len(x),), device=x.device)
         t = k[:, None, None, None] / self.steps
         x_t = (1 - t) * x + t * torch.randn_like(x)
-        x_hat = self.denoise(x_t, k, c)
         eps = torch.randn_like(x)
         real = self.step(x, x_t, k, eps)
+        x_hat = self.denoise(x_t, k, c)
         fake = self.step(x_hat, x_t, k, eps)
         own = 10 * F.mse_loss(fake, real)
-        fake = self.step(x_hat.clamp(-1, 1), x_t, k, eps)
         beside = torch.cat([x_t, x_t])
 
         def judge(images, text):
@@ -403,9 +402,9 @@ class DiffusionGAN(nn.Module):
         """z ~ N(0, I) (B, C, H, W), c (B, E) -> x in [-1, 1], in T steps from x_1 = z."""
         for i in range(self.steps, 0, -1):
             k = torch.full((len(z),), i, device=z.device)
-            x = self.denoise(z, k, c).clamp(-1, 1)
+            x = self.denoise(z, k, c)
             z = self.step(x, z, k, torch.randn_like(z))
-        return z
+        return z.clamp(-1, 1)
 
 
 MODELS = {"vae-gan": VAEGAN, "flow-gan": FlowGAN, "diffusion-gan": DiffusionGAN}

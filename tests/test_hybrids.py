@@ -89,9 +89,9 @@ def test_the_critic_sees_samples_without_dropout(monkeypatch):
     assert seen == [False] and model.couplings.training
 
 
-def test_the_critic_sees_steps_of_one_noise_to_the_clamped_images(monkeypatch):
+def test_the_critic_sees_steps_to_both_images_by_one_noise(monkeypatch):
     model, seen = build("diffusion-gan"), []
-    monkeypatch.setattr(model, "denoise", lambda x_t, k, c: torch.full_like(x_t, 3.0))
+    monkeypatch.setattr(model, "denoise", lambda x_t, k, c: torch.ones_like(x_t))
     model.critic.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     model.loss(torch.ones(8, *SHAPE), torch.zeros(8, 32))
     real, fake = seen[0].chunk(2)

@@ -163,7 +163,7 @@ def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
         lead = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     _, slope = slope.detach().chunk(2)
-    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))  # flat further out
+    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))  # no gradient further out
     loss = loss_d - weight * lead.sigmoid().detach() * rise                    # (3)
     log = {"loss_d": loss_d, "loss_g": F.softplus(lead), "margin": d_real - d_fake}
     log["sign_rate"] = (d_real > d_fake).float()

@@ -164,7 +164,7 @@ def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
         lead = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     _, slope = slope.detach().chunk(2)
-    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))  # flat further out
+    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))  # no gradient further out
     loss = loss_d - weight * lead.sigmoid().detach() * rise                    # (3)
     log = {"loss_d": loss_d, "loss_g": F.softplus(lead), "margin": d_real - d_fake}
     log["sign_rate"] = (d_real > d_fake).float()
@@ -266,7 +266,7 @@ class FlowGAN(nn.Module):
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
         self.register_buffer("log_share", torch.zeros(256))
-        self.register_buffer("values", torch.linspace(-1, 1, 256))
+        self.register_buffer("values", torch.linspace(-1, 1, 256), persistent=False)
         frequency = (k**2 + k[:, None] ** 2).flatten().repeat(shape[0])
         low = min(256, n // 2)
         low, high = frequency.argsort(stable=True).split([low, n - low])

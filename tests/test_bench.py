@@ -240,7 +240,7 @@ class TestModels:
         truth = {"vae": 1, "gan": 1, "vae-gan": 1, "flow": 2, "flow, guidance 1": 1}
         truth |= {"diffusion": 40, "diffusion, guidance 1": 20, "diffusion, dpm, 4 steps": 8}
         truth |= {"diffusion-gan": 4, "autoregressive": 64, "one-step": 1, "one-step, 4 steps": 4}
-        assert counts == counts | truth
+        assert truth.items() <= counts.items()
 
     def test_images_are_drawn_as_the_script_draws_them(self, run):
         model, checkpoint = models.load(run.folder)

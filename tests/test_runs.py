@@ -83,7 +83,7 @@ def test_two_ranks_have_equal_weights_and_the_mean_of_their_gradients(model, dat
         argv = [*tiny(model, data), "--train", "--train-steps", "2", "--out", run]
         argv += ["--batch-size", 4 * int(ranks)]
         processes.append(start(path_of(model), argv, tmp_path, env, "record"))
-    assert not any(map(finish, processes)), (tmp_path / "output").read_text()
+    assert [finish(process) for process in processes] == [0] * 4, (tmp_path / "output").read_text()
 
     first, second, one, two = (torch.load(tmp_path / f"steps-{run}.pt") for run in runs)
     assert equal([list(step) for step in one], [list(step) for step in two])

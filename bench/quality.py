@@ -32,7 +32,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from bench.models import evenly, held_out
 from bench.reader import Reader
-from vae import load_data
+from vae import captioned_digits, load_data
 
 K, REFERENCES = 5, 5000
 
@@ -95,7 +95,7 @@ class Judge:
         self.x, self.captions = load_data(path)
         self.x_test, self.captions_test = held_out(path)
         self.reader = Reader(self.x, self.captions, steps, batch_size)
-        if not path:
+        if set(self.captions) <= set(captioned_digits()["y"]):
             every = torch.cat([self.x, self.x_test])
             self.reader.fit_digits(every, self.captions + self.captions_test)
         self.features = self.reader.features(self.x)

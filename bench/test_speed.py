@@ -116,7 +116,8 @@ def measure(benchmark, call, batch, config, **notes):
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     budget = 1 if config.option.quick else 4
-    once = seconds(call)
+    minutes = DEVICE == "cpu" and batch * notes.get("evaluations", 0) > 20_000
+    once = budget if minutes else seconds(call)  # minutes of work are not rehearsed
     if once < budget or notes["mode"] == "compiled":  # the first call is slower than the others
         once = seconds(call)
     training = notes["task"] == "training"
@@ -125,8 +126,7 @@ def measure(benchmark, call, batch, config, **notes):
     benchmark.group = notes["task"]
     benchmark.extra_info.update(notes, batch=batch)
     if benchmark.stats:
-        stats = benchmark.stats.stats
-        typical = stats.mean if training else stats.median
+        typical = benchmark.stats.stats.mean if training else benchmark.stats.stats.median
         benchmark.extra_info.update(seconds=typical, images_per_s=batch / typical)
     if DEVICE == "cuda":
         benchmark.extra_info["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20

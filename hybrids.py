@@ -4,8 +4,8 @@
   the model's loss = L + w softplus(D(real) - D(fake)),   L per value, |.| a batch's rms:      (2)
   vae-gan: L = log2 |phi(x) - phi(x^)| + log2 |x - x^| / 10 + beta KL;   fakes: z ~ N(0, I)    (3)
   flow-gan: L = -log p(y);   D sees E[x | y] for y = x + noise and for y drawn from 0.9 z      (4)
-  diffusion-gan: x_t = (1 - t) x + t eps,   x^ = G(x_t, t, z, c),   s = t - 1 / T;   given x_t, D
-    sees x^_s ~ q(x_s | x_t, x^) and x_s ~ q(x_s | x_t, x), one noise;   L = 10 |x^_s - x_s|^2 (5)
+  diffusion-gan: x_t = (1 - t) x + t eps,   x^ = G(x_t, t, z, c),   t = 2 k / (k + 4), k = 4 ... 1;
+    D sees x_t, and x_s or x^_s: (6) of x or x^ by one noise, s of k - 1;  L = 20 |x^_s - x_s|^2 (5)
   q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) b x) / t^2, b s^2 / t^2),
     a = (1 - t) / (1 - s),   b = t^2 - (a s)^2                                                 (6)
 
@@ -355,6 +355,8 @@ class DiffusionGAN(nn.Module):
         dim = 4 * width
         self.embed = Text(vocabulary, dim)
         self.tokenize = self.embed.tokenize
+        k = torch.arange(self.steps + 1)[:, None, None, None]
+        self.register_buffer("times", 2 * k / (self.steps + k))
         self.time = nn.Embedding(self.steps + 1, dim)
         self.style = nn.Linear(self.latent, dim)
         self.encoder = Encoder(shape, width, dim)
@@ -363,47 +365,46 @@ class DiffusionGAN(nn.Module):
         self.critic_time = nn.Embedding(self.steps + 1, dim)
 
     def denoise(self, x_t, k, c):
-        """x^ = G(x_t, t, z, c) with a fresh z, for x_t (B, C, H, W) at t = k / T, k (B,)."""
+        """x^ = G(x_t, t, z, c) with a fresh z, for x_t (B, C, H, W) at t of k, k (B,) or (1,)."""
         z = prior.sample(len(x_t), self.latent, device=x_t.device)
         emb = c + self.time(k) + self.style(z)
         h, fine = self.encoder(x_t, emb)
         return self.decoder(h, emb, fine)
 
     def step(self, x, x_t, k, eps):
-        """A draw of (6) for s = (k - 1) / T and t = k / T, k (B,), by the noise eps."""
-        t = k[:, None, None, None] / self.steps
-        s = t - 1 / self.steps
+        """A draw of (6) for t of k and s of k - 1, k (B,) or (1,), by the noise eps."""
+        t = self.times[k]
+        s = self.times[k - 1]
         a = (1 - t) / (1 - s)
         b = t**2 - (a * s) ** 2
         mean = (a * s**2 * x_t + (1 - s) * b * x) / t**2
         return mean + b.sqrt() * s / t * eps
 
     def loss(self, x, c, progress=1.0, gamma=0.05, weight=1.0):
-        """As VAEGAN's, with (5), but the text gets the gradient of (2), and not (1)'s."""
-        k = torch.randint(1, self.steps + 1, (len(x),), device=x.device)
-        t = k[:, None, None, None] / self.steps
+        """As VAEGAN's, with (5), but the text gets the gradient of (1) and of all of (2)."""
+        k = 1 + torch.randint(self.steps, (len(x),), device=x.device)
+        t = self.times[k]
         x_t = (1 - t) * x + t * torch.randn_like(x)
         eps = torch.randn_like(x)
         real = self.step(x, x_t, k, eps)
         x_hat = self.denoise(x_t, k, c)
         fake = self.step(x_hat, x_t, k, eps)
-        own = 10 * F.mse_loss(fake, real)
+        own = 20 * F.mse_loss(fake, real)
         beside = torch.cat([x_t, x_t])
 
         def judge(images, text):
             return self.critic(torch.cat([images, beside], 1), text)
 
-        text = c.detach() + self.critic_time(k)
+        text = c + self.critic_time(k)
         loss, log = duel(judge, real, fake, text, gamma, weight)
         return loss + own, log | {"own": own}
 
     @torch.no_grad()
-    def sample(self, z, c):
-        """z ~ N(0, I) (B, C, H, W), c (B, E) -> x in [-1, 1], in T steps from x_1 = z."""
-        for i in range(self.steps, 0, -1):
-            k = torch.full((len(z),), i, device=z.device)
+    def sample(self, z, c, temperature=0.9):
+        """z ~ N(0, I) (B, C, H, W), c (B, E) -> x in [-1, 1]; temperature scales steps' noise."""
+        for k in torch.arange(self.steps, 0, -1, device=z.device).split(1):
             x = self.denoise(z, k, c)
-            z = self.step(x, z, k, torch.randn_like(z))
+            z = self.step(x, z, k, temperature * torch.randn_like(z))
         return z.clamp(-1, 1)
 
 

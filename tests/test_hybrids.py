@@ -56,22 +56,22 @@ def test_the_model_does_not_learn_from_the_penalties(model):
     critic_0, text_0, others_0 = gradients(model, gamma=0.0)
     critic_9, text_9, others_9 = gradients(model, gamma=9.0)
     assert same(others_9, others_0)
-    assert same(text_9, text_0) == isinstance(model, hybrids.DiffusionGAN)
+    assert not same(text_9, text_0)  # but the text does
     assert not same(critic_9, critic_0)
 
 
 def test_weight_0_is_the_model_itself_and_no_other_weight_is(model, monkeypatch):
     _, text_0, zero = gradients(model, weight=0.0)
-    _, text_1, one = gradients(model, weight=1.0)
-    _, text_2, two = gradients(model, weight=2.0)
+    _, text_1, one = gradients(model, weight=10.0)
+    _, text_2, two = gradients(model, weight=20.0)
     assert same(two - zero, 2 * (one - zero))
     assert same(text_2 + text_0, 2 * text_1)
     assert same(text_1, text_0) != isinstance(model, hybrids.DiffusionGAN)
-    assert (one - zero).abs().max() > 1e-6
+    assert (one - zero).abs().max() > 1e-5
     monkeypatch.setattr(hybrids, "duel", no_duel)
     _, text, others = gradients(model)
     assert same(others, zero)
-    assert same(text, text_0) == isinstance(model, hybrids.DiffusionGAN)
+    assert not same(text, text_0)
 
 
 def test_gradients_pass_the_guided_inverse_of_the_flow():
@@ -119,14 +119,14 @@ def test_a_step_of_diffusion_gan_is_a_draw_of_the_exact_posterior():
     model = hybrids.DiffusionGAN(SHAPE, [], width=8)
     x, x_t = torch.randn(2, 1, *SHAPE, dtype=torch.float64)
     for k in range(2, model.steps + 1):
-        s, t = (k - 1) / model.steps, k / model.steps
+        s, t = model.times[[k - 1, k]].double()
         a = (1 - t) / (1 - s)
         q = t**2 - (a * s) ** 2
         precision = a**2 / q + 1 / s**2
         mean = (a * x_t / q + (1 - s) * x / s**2) / precision
         for eps in (0.0, 1.0):
             noise = torch.full_like(x, eps)
-            drawn = model.step(x, x_t, torch.tensor([k]).double(), noise)
+            drawn = model.step(x, x_t, torch.tensor([k]), noise)
             assert torch.allclose(drawn, mean + eps * precision**-0.5)
-    last = model.step(x, x_t, torch.tensor([1]).double(), torch.ones_like(x))
-    assert torch.allclose(last, x)
+    last = model.step(x, x_t, torch.tensor([1]), torch.ones_like(x))
+    assert torch.allclose(last, x) and model.times[-1] == 1

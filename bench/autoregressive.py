@@ -76,8 +76,9 @@ class Autoregressive(nn.Module):
         self.row = nn.Sequential(nn.LayerNorm(width), row)
         seen = torch.ones(UP + 1, self.reach, dtype=torch.bool)
         seen[UP, left:] = False
-        self.register_buffer("seen", seen.flatten(), persistent=False)
-        self.window = nn.Linear(2 * int(seen.sum()), hidden)
+        seen = seen.flatten().nonzero()[:, 0]
+        self.register_buffer("seen", seen, persistent=False)
+        self.window = nn.Linear(2 * len(seen), hidden)
         layers = nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 256)
         self.out = nn.Sequential(*layers)
 

@@ -50,8 +50,7 @@ def unseen():
 def modes(reader, x):
     """Modes found of 1,000, and the KL of the samples' modes to the uniform in nats, for images
     x, uint8 (N, 3, 28, 28), each channel read by the classifier of digits."""
-    names = list(reader.values[2])
-    digits = torch.tensor([DIGITS.index(name) for name in names])
+    digits = torch.tensor([DIGITS.index(name) for name in reader.values[2]])
     mode = 0
     for channel in x.split(1, 1):
         _, _, read = reader.classify(reader.features(channel))

@@ -114,11 +114,8 @@ class Judge:
 
     def agreement(self, x, features, captions):
         """The share of images that are as asked, for each attribute that a caption asks for."""
-        shares = {}
-        for name, right in self.reader.read(x, features, captions).items():
-            if not right.isnan().all():
-                shares[name] = right.nanmean().item()
-        return shares
+        read = self.reader.read(x, features, captions).items()
+        return {name: right.nanmean().item() for name, right in read if not right.isnan().all()}
 
     def measure(self, x, captions):
         """The figures above for images x, uint8 (N, C, H, W), drawn for captions."""

@@ -126,9 +126,7 @@ class Reader:
         read = self.classify(features)
         if self.medians is not None:
             return self.read_digits(x, read[2], captions)
-        right = []
-        for seen, asked in zip(read, self.labels(captions)):
-            right.append((seen == asked).float())
+        right = [(seen == asked).float() for seen, asked in zip(read, self.labels(captions))]
         if len(right) == 1:
             return {"text": right[0]}
         return {f"word {i + 1}": column for i, column in enumerate(right)}

@@ -134,7 +134,7 @@ def rates(speed):
 def main_table(folder):
     """The README's table, a row a model, as its script samples by default."""
     rows = read(folder / "quality.json").get("rows", {})
-    rate = rates(read(folder / "speed.json"))
+    rate = rates(read(folder / "gpu/speed.json") or read(folder / "speed.json"))
     body = []
     for name in ("real, held out", *MODELS):
         if name not in rows:
@@ -283,7 +283,7 @@ def picture(path, rows):
 def plot_quality_against_speed(folder):
     """One point a way to sample: FLD against images/s; the steps of a sampler make a curve."""
     rows = read(folder / "quality.json").get("rows", {})
-    rate = rates(read(folder / "speed.json"))
+    rate = rates(read(folder / "gpu/speed.json") or read(folder / "speed.json"))
     points = {name: (rate[name], rows[name]["fld"]["mean"]) for name in rows if name in rate}
     if not points:
         return

@@ -177,7 +177,7 @@ def train(args):
 
     def loss_of(images, ids, _):
         # hides some captions and some words, so that parts of a caption have a meaning too
-        seen = torch.rand(len(ids), 1 + ids.shape[1]) > 0.03
+        seen = torch.rand(len(ids), 1 + ids.shape[1], device=ids.device) > 0.03
         return model.loss(images, model.embed(ids * seen[:, :1] * seen[:, 1:]))
 
     runs.train(args, model, checkpoint, x, captions, loss_of)

@@ -292,15 +292,15 @@ def plot_quality_against_speed(folder):
     curve = [point for name, point in points.items() if name.startswith("diffusion, dpm")]
     axes.plot(*np.array(sorted(curve)).reshape(-1, 2).T, color="tab:gray", zorder=1)
     for name, point in points.items():
-        height = -10 if name == "vae" or "one-step" in name else 4  # others would cover these
-        style = {"xytext": (4, height), "textcoords": "offset points", "fontsize": 7}
+        low = name == "vae" or name.startswith(("auto", "one-step", "vae-gan, ", "diffusion-gan, "))
+        style = {"xytext": (4, -10 if low else 4), "textcoords": "offset points", "fontsize": 7}
         axes.scatter(*point, color="tab:blue" if name in MODELS else "tab:gray")
         axes.annotate(name.removeprefix("diffusion, "), point, **style)
     if "real, held out" in rows:
         real = rows["real, held out"]["fld"]["mean"]
         axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")
         axes.legend(frameon=False)
-    axes.margins(0.15)
+    axes.margins(0.2)
     axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FLD (lower is better)")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")

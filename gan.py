@@ -147,10 +147,10 @@ class GAN(nn.Module):
         return self.decode(z, c).clamp(-1, 1)
 
 
-def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
+def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0):
     """A number with the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times G's
-    for fake (B, C, H, W), where that does not lead further out of the reals' range; and a log."""
-    drawn = fake.clamp(real.min(), real.max())
+    for fake (B, C, H, W), where that leads no further out of [-bound, bound]; and a log."""
+    drawn = fake.clamp(-bound, bound)
     images = torch.cat([real, drawn]).detach().requires_grad_()
     d = judge(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)

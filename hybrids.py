@@ -148,10 +148,10 @@ class Coupling(nn.Module):
         return h.index_copy(1, self.changed, changed)
 
 
-def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic"):
+def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0):
     """A number with the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times G's
-    for fake (B, C, H, W), where that does not lead further out of the reals' range; and a log."""
-    drawn = fake.clamp(real.min(), real.max())
+    for fake (B, C, H, W), where that leads no further out of [-bound, bound]; and a log."""
+    drawn = fake.clamp(-bound, bound)
     images = torch.cat([real, drawn]).detach().requires_grad_()
     d = judge(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
@@ -187,7 +187,6 @@ class Critic(nn.Module):
 
 class VAEGAN(nn.Module):
     """(3): a VAE, whose likeness to x is judged by the features of a critic."""
-
     defaults = dict(train_steps=1200, batch_size=32)
     latent = 12
 
@@ -247,7 +246,6 @@ class VAEGAN(nn.Module):
 
 class FlowGAN(nn.Module):
     """(4): a flow, and a critic of one sample for every eight images. See flow.py's equations."""
-
     defaults = dict(train_steps=3000, batch_size=128, lr=1e-3, betas=(0.5, 0.99), hide=0.1)
     noise = 0.15
 
@@ -344,7 +342,6 @@ class FlowGAN(nn.Module):
 
 class DiffusionGAN(nn.Module):
     """(5): a diffusion model of few steps, each of which is drawn by a generator."""
-
     defaults = dict(train_steps=1500, batch_size=32, gamma=0.05)
     steps, latent = 4, 12
 
@@ -396,7 +393,8 @@ class DiffusionGAN(nn.Module):
             return self.critic(torch.cat([images, beside], 1), text)
 
         text = c + self.critic_time(k)
-        loss, log = duel(judge, real, fake, text, gamma, weight)
+        bound = 1 + 9 * self.times[k - 1]  # far from all values unless s = 0
+        loss, log = duel(judge, real, fake, text, gamma, weight, bound=bound)
         return loss + own, log | {"own": own}
 
     @torch.no_grad()

@@ -91,13 +91,12 @@ def test_the_critic_sees_samples_without_dropout(monkeypatch):
 
 def test_the_critic_sees_steps_to_both_images_by_one_noise(monkeypatch):
     model, seen = build("diffusion-gan"), []
-    # x^ of 3 is drawn as 1, which x is
     monkeypatch.setattr(model, "denoise", lambda x_t, k, c: 1 + 2.0 * (k == 1).view(-1, 1, 1, 1))
     model.critic.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     model.loss(torch.ones(64, *SHAPE), torch.zeros(64, 32))
     real, fake = seen[0].chunk(2)
     x_s, x_t = real.chunk(2, 1)
-    assert torch.equal(real, fake) and not torch.equal(x_s, x_t)
+    assert torch.equal(real, fake) and not torch.equal(x_s, x_t)  # x^ of 3 is drawn as 1, as x is
 
 
 def test_the_flow_learns_alone_before_the_critic_does():

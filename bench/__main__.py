@@ -1,7 +1,7 @@
 """All models under one measure: trains what is missing, draws, measures, and makes the tables.
 
   python -m bench                    each script's default length, hours on a CPU
-  python -m bench --quick            an eighth of the updates and fewer samples: minutes
+  python -m bench --quick            a twelfth of the updates and fewer samples: minutes
   python -m bench --data FILE.npz --models vae gan
   python -m bench --quick --width 32       other flags go to the training scripts
   python -m bench --seeds                  also trains six GANs: are they stable, and why?
@@ -9,7 +9,7 @@
 writes quality.json, a row a way to sample, samples.png and quality_speed.png into --out. An
 interrupted call goes on where it stopped: a run is resumed, and a row that is there for the same
 number of updates and samples is not measured again. Speed is `pytest bench`, whose speed.json
-belongs into the same folder.
+belongs into the same folder, or for a GPU into gpu/ below it.
 """
 
 import argparse
@@ -79,9 +79,9 @@ def main(argv=None):
         flags += ["--data", data]
     for name in args.models:
         steps = models.flags(name, *flags).train_steps
-        train(name, runs / name, steps // 8 if args.quick else steps, *flags)
+        train(name, runs / name, steps // 12 if args.quick else steps, *flags)
     penalties = list(product("10", "012")) if args.seeds else []
-    steps = models.flags("gan", *flags).train_steps // (24 if args.quick else 3)
+    steps = models.flags("gan", *flags).train_steps // (36 if args.quick else 3)
     for gamma, seed in penalties:
         train("gan", runs / f"gan-{gamma}-{seed}", steps, *flags, "--gamma", gamma, "--seed", seed)
 

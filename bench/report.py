@@ -4,7 +4,7 @@
 
 writes the table between `<!-- table -->` and `<!-- /table -->` of README.md and docs/README.zh.md,
 all tables into bench/RESULTS.md, and bench/results/quality_speed.png, from quality.json, which
-`python -m bench` writes, and speed.json, which `pytest bench --benchmark-json` writes.
+`python -m bench` writes, and speed.json, or that of a GPU in gpu/, from `pytest bench`.
 """
 
 import json

@@ -306,7 +306,7 @@ class TestBenchmark:
 
         monkeypatch.setattr(bench, "Judge", lambda path: quality.Judge(path, 20, 16))
         monkeypatch.setattr(quality.Judge, "measure", counted)
-        sizes = "--quick --models vae flow --width 8 --batch-size 8 --train-steps 16".split()
+        sizes = "--quick --models vae flow --width 8 --batch-size 8 --train-steps 24".split()
         argv = [*sizes, "--device", "cpu", "--runs", str(tmp_path), "--data", str(data)]
         monkeypatch.setattr(likelihood, "measure", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):

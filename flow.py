@@ -189,7 +189,8 @@ class Stack(nn.Module):
         return h, log_det
 
     def inverse(self, h, picture, c, null, guidance=1.0):
-        known, known_null = self.known(picture, c), self.known(picture, null)
+        known = self.known(picture, c)
+        known_null = self.known(picture, null) if guidance != 1 else None
         for coupling in reversed(self.couplings):
             h = coupling.inverse(h, known, known_null, guidance)
         return h * self.std + self.mean
@@ -298,7 +299,7 @@ class Flow(nn.Module):
         return self.log_share - distance**2 / 2
 
     @torch.no_grad()
-    def sample(self, z, c, guidance=1.75, temperature=0.9):
+    def sample(self, z, c, guidance=2.0, temperature=0.9):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], by (5), (6) and the likeliest k of
         (7). A temperature under 1 keeps z near the middle. Both defaults were found by trial."""
         m = self.clean(self.inverse(temperature * z, c, guidance))
@@ -484,7 +485,7 @@ def main(argv=None):
     flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", type=Path, help="also write the images x and their captions y to this new file")
-    flag("--guidance", type=float, default=1.75, help="w in (6); 1 is the conditional model itself")
+    flag("--guidance", type=float, default=2.0, help="w in (6); 1 is the conditional model itself")
     flag("--temperature", type=float, default=0.9, help="what z is multiplied with")
     args = parser.parse_args(argv)
     if not (args.train or args.sample):

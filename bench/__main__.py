@@ -35,6 +35,8 @@ def train(name, run, steps, *flags):
 
 def summary(measured):
     """Mean and spread of each figure of several measurements."""
+    if any(each is None for each in measured):
+        return None
     if not isinstance(measured[0], dict):
         return report.spread(measured)
     return {figure: summary([each[figure] for each in measured]) for figure in measured[0]}

@@ -13,7 +13,7 @@ close to it, so that (3) may be small. By (5) this, too, is a function of z ~ N(
 and (6) is its inverse. Sampling keeps the keys and values of the rows above. It still needs one
 evaluation of (3) for each value, one after the other: the other models draw all values at once.
 
-  python -m bench.autoregressive --train     7.9 minutes on two AVX-512 cores: FLD 9.2 (n = 1)
+  python -m bench.autoregressive --train     7.9 minutes on two AVX-512 cores
 """
 
 import math
@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import nn
 
 from bench import runs
-from vae import Text, load_data
+from vae import Text, load_data, words_of
 
 UP, LEFT, RIGHT = 4, 8, 2  # the window of (3): so many rows above, and pixels on either side
 
@@ -56,7 +56,7 @@ class Layer(nn.Module):
 
 
 class Autoregressive(nn.Module):
-    """p(x | y) for images of a shape (C, H, W) and texts made of the words in a vocabulary. The
+    """p(x | text) for images of a shape (C, H, W) and texts made of the words in a vocabulary. The
     values of a row are its pixels from left to right, each channel by channel."""
 
     def __init__(self, shape, vocabulary, width=192, hidden=160):
@@ -168,7 +168,7 @@ def train(args):
     """Trains up to update args.train_steps, from nothing or on from the last checkpoint."""
     x, captions = load_data(args.data)
     torch.manual_seed(args.seed)
-    vocabulary = sorted(set(" ".join(captions).split()))
+    vocabulary = sorted(set().union(*map(words_of, captions)))
     sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary, "width": args.width}
     new = {"script": "autoregressive", "args": sizes, "captions": captions}
     new["update"] = 0

@@ -9,12 +9,12 @@
                                                    also into bench/results/stacked.json
 
   python -m bench.datasets bound bound.npz         the same with captions, "three five seven" for a
-                                                   red three, a green five and a blue seven: is each
-                                                   word bound to its place? 100 of the 1,000 captions
-                                                   are left out of training
-  python -m bench.datasets obeyed samples.npz ...  how many samples have each digit as asked, and all
-                                                   three, for captions of training and for others;
-                                                   also into bench/results/bound.json
+                                                   red three, a green five and a blue seven: is
+                                                   each word bound to its place? A tenth of the
+                                                   1,000 captions is left out of training
+  python -m bench.datasets obeyed samples.npz ...  how many samples have all three digits as asked,
+                                                   and each of them, for captions of training and
+                                                   for others; also into bench/results/bound.json
 
   python -m bench.datasets unseen unseen.npz       without the training images of three captions:
                                                    are texts obeyed that were never seen together?
@@ -22,8 +22,8 @@
 
   npm pack emoji-datasource
   python -m bench.datasets emoji emoji-datasource-*.tgz emoji.npz [--vendors google twitter]
-                                                   coloured pictures of 32 x 32 and their names; held
-                                                   out is a tenth of the captions with a skin tone
+                                                   coloured pictures of 32 x 32 and their names;
+                                                   held out: a tenth of those with a skin tone
   npm pack emoji-datasource-google emoji-datasource-twitter
   python -m bench.datasets emoji emoji-datasource-*.tgz emoji64.npz --size 64
 
@@ -100,8 +100,8 @@ def unseen():
 
 
 def sheet_of(package, vendor, size):
-    """What a package says of its emoji, and a vendor's sheet of pictures on white (H, W, 3), or None
-    where the package has no such sheet."""
+    """What a package says of its emoji, and a vendor's sheet of pictures on white (H, W, 3), or
+    None where the package has no such sheet."""
     try:
         with tarfile.open(package) as tar:
             entries = json.load(tar.extractfile("package/emoji.json"))
@@ -110,7 +110,8 @@ def sheet_of(package, vendor, size):
                 return entries, None
             picture = Image.open(io.BytesIO(tar.extractfile(path).read())).convert("RGBA")
     except (OSError, KeyError, ValueError, tarfile.TarError) as error:
-        raise SystemExit(f"{package} is no package of emoji: {error}; {HOW}") from None
+        why = " ".join(f"{error}".split())
+        raise SystemExit(f"{package} is no package of emoji: {why}; {HOW}") from None
     white = Image.new("RGBA", picture.size, "white")
     return entries, np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
 
@@ -158,8 +159,9 @@ def read_digits(reader, x):
 
 def modes(reader, x, _):
     """Modes found of 1,000, and the KL of the samples' modes to the uniform in nats."""
-    places = [np.array([DIGITS.index(name) for name in column]) for column in read_digits(reader, x)]
-    mode = torch.from_numpy(100 * places[0] + 10 * places[1] + places[2])
+    mode = 0
+    for column in read_digits(reader, x):
+        mode = 10 * mode + torch.tensor([DIGITS.index(name) for name in column])
     p = torch.bincount(mode, minlength=1000).double() / len(x)
     kl = torch.special.xlogy(p, p).sum() + math.log(1000)
     return {"n": len(x), "modes": int((p > 0).sum()), "kl": kl.item()}

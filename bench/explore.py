@@ -4,7 +4,7 @@
 
   interpolation.png   from one z to another under one text, and between two texts at one z
   reconstruction.png  held-out images, and what sample makes of what encode makes of them
-  path.png            how an image comes about: x^ at each step of a sampler, a flow's layers, or,
+  path.png            how an image comes about: x_hat at each step of a sampler, scales of a flow;
                       where one step is all, a walk along the latents that matter most
   loss.png            what was logged in training
 
@@ -14,12 +14,16 @@ of held-out images, its standard_error, and what kind of statement that is.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for a call by file name
 
 import torch
 from matplotlib.figure import Figure
 
+import flow
 import prior
 from bench import likelihood, models
 from bench.report import picture
@@ -40,7 +44,7 @@ def interpolation(model, z, c, texts):
 
 
 def steps(model, z, c):
-    """x^ at each step. A guided velocity calls itself: the outer call, which ends last, counts."""
+    """x_hat at each step. A guided velocity calls itself: the outer call ends last, and counts."""
     velocity, frames = model.velocity, {}
 
     def record(z, t, c, guidance=1.0):
@@ -54,7 +58,7 @@ def steps(model, z, c):
 
 
 def jumps(model, z, c):
-    """x^ at each of a few large steps."""
+    """x_hat at each of a few large steps."""
     denoise, frames = model.denoise, []
 
     def record(*given):
@@ -66,13 +70,16 @@ def jumps(model, z, c):
     return frames
 
 
-def layers(model, z, c):
-    """The images that the last layers alone would make, none of them at first, then all."""
-    every, frames = model.couplings, []
-    for i in range(len(every) + 1):
-        model.couplings = every[len(every) - i :]
-        frames.append(model.sample(z, c))
-    model.couplings = every
+def scales(model, z, c):
+    """The image as its coarsest picture is drawn, and with the details of each scale added: where z
+    has no details yet, they are what is most likely."""
+    frames = []
+    for n in range(len(model.stacks)):
+        *parts, (h, _) = model.analyze(z)
+        coarse = h.view(-1, *model.coarsest)
+        for i, (details, _) in enumerate(reversed(parts)):
+            coarse = flow.merge(coarse, details if i < n else torch.zeros_like(details))
+        frames.append(model.sample(coarse, c))
     return frames
 
 
@@ -101,8 +108,8 @@ def leaps(model, z, c):
 # the member that tells how a model comes to an image, and what shows it
 PATHS = {
     "velocity": steps,
+    "stacks": scales,
     "denoise": jumps,
-    "couplings": layers,
     "decode": walk,
     "window": rows_written,
     "mean_velocity": leaps,
@@ -111,10 +118,14 @@ PATHS = {
 
 def plot_losses(run):
     """loss.png: each logged value over the updates; of an update logged twice, the last counts."""
-    rows = {}
+    rows, row = {}, {}
+    if not (run / "log.jsonl").exists():
+        return
     for line in (run / "log.jsonl").read_text().splitlines():
         row = json.loads(line)
         rows[row.pop("update")] = row
+    if not rows:
+        return
     n = -(-len(row) // 3)
     figure = Figure(figsize=(10, 2.5 * n), layout="constrained")
     for i, name in enumerate(row):

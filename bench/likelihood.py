@@ -53,7 +53,7 @@ def noisy_density(model, x, c):
     z, log_det = model(y, c)
     nats_of_y = -prior.log_prob(z) - log_det
     k = (127.5 * (x + 1)).round().long()
-    log_posterior = model.pixel_logits(y).log_softmax(-1)
+    log_posterior = model.pixel_logits(model.clean(y)).log_softmax(-1)
     guess = log_posterior.gather(-1, k[..., None]).flatten(1).sum(1)
     entropy = 0.5 * math.log(2 * math.pi * math.e * model.noise**2)
     nats = nats_of_y - guess - x[0].numel() * entropy
@@ -73,7 +73,7 @@ def probability_flow(model, x, c):
             (product,) = torch.autograd.grad(v, z, probe)  # probe^T dv/dz
         return v.detach(), (product * probe).flatten(1).sum(1)
 
-    for t, s in pairwise(torch.logspace(-3, 0, STEPS + 1).tolist()):
+    for t, s in pairwise((10 ** torch.linspace(-3, 0, STEPS + 1)).tolist()):
         v, divergence = slope(z, t)
         v_s, divergence_s = slope(z + (s - t) * v, s)
         z = z + (s - t) / 2 * (v + v_s)
@@ -105,7 +105,7 @@ def measure(model, x, captions, n=500, seed=0, batch=50):
     for part, words in zip(x.split(batch), ids.split(batch)):
         nats = function(model, part / 127.5 - 1, model.embed(words))
         for name, value in nats.items():
-            bits = value.double() / (x[0].numel() * math.log(2))
+            bits = value.cpu().double() / (x[0].numel() * math.log(2))
             values.setdefault(name, []).append(bits)
     values = {name: torch.cat(parts) for name, parts in values.items()}
     result = {name: bits.mean().item() for name, bits in values.items()}

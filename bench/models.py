@@ -59,10 +59,9 @@ def choice(name):
 
 def flags(name, *argv):
     """What the flags argv, and the script's defaults, come to: the args that it hands to train."""
-    module = script(name)
+    module, nowhere = script(name), str(ROOT / "runs/nowhere")
     with mock.patch.multiple(module, train=mock.DEFAULT, sample=mock.DEFAULT) as verbs:
-        module.main(["--train", "--resume", *choice(name), *argv])
-    torch.set_default_device(None)  # main has set one
+        module.main(["--train", "--out", nowhere, *choice(name), *argv])
     return verbs["train"].call_args.args[0]
 
 
@@ -105,8 +104,9 @@ def settings(name, steps=(1, 2, 4, 10)):
     ways = {name: {}}
     if options(name) != options(name) | plain(name):
         ways[f"{name}, {next(iter(plain(name)))} 1"] = plain(name)
-    few = {"sampler": "dpm"} if "sampler" in options(name) else {}
     for n in steps if "steps" in options(name) else ():
+        sampler = "ddim" if n <= 2 else "dpm"  # of one or two steps dpm is ddim
+        few = {"sampler": sampler} if "sampler" in options(name) else {}
         if n != options(name)["steps"]:
             label = name, *few.values(), f"{n} step{'s' * (n > 1)}"
             ways[", ".join(label)] = {"steps": n, **few}
@@ -148,8 +148,8 @@ def cost(model, **options):
 
 
 def held_out(path=None):
-    """The images that load_data leaves out, uint8 (N, C, S, S), and their captions as words, without
-    those that no training caption has."""
+    """The images that load_data leaves out, uint8 (N, C, S, S), and the words of their captions,
+    without those that no training caption has."""
     x, captions = load_data(path)
     data = np.load(path) if path else captioned_digits()
     try:

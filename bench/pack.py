@@ -151,6 +151,9 @@ def pack_folder(folder, size):
     packed = {part: pack_images(place, size) for part, place in places.items()}
     n = sum(len(images) for images, _, _ in packed.values())
     left_out = {path: why for _, _, part in packed.values() for path, why in part.items()}
+    for path in visible_files(folder):
+        if not any(path.is_relative_to(place) for place in places.values()):
+            left_out[path] = "beside train, test and val"
     names = [f"{path.relative_to(folder)} ({why})" for path, why in left_out.items()]
     report = f"packed {n}, left out {len(names)}" + ": " * bool(names) + "; ".join(names[:20])
     if not all(images for images, _, _ in packed.values()):

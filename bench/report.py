@@ -4,7 +4,8 @@
 
 writes the table between `<!-- table -->` and `<!-- /table -->` of README.md and docs/README.zh.md,
 all tables into bench/RESULTS.md, and bench/results/quality_speed.png, from quality.json, which
-`python -m bench` writes, and speed.json, or that of a GPU in gpu/, from `pytest bench`.
+`python -m bench` writes, and speed.json, from `pytest bench`. Sub-folders of bench/results, for
+other data or another machine, become sections of bench/RESULTS.md.
 """
 
 import json
@@ -29,14 +30,14 @@ FIGURES = "precision", "recall", "density", "coverage", "sharpness", "nearest", 
 CLAIMS = (  # statement, of which way to sample, against which, in what, and whether more is better
     ("a GAN is sharper than a VAE", "gan", "vae", "sharpness", 1),
     ("a critic makes a VAE sharper", "vae-gan", "vae", "sharpness", 1),
-    ("a critic makes a flow better", "flow-gan", "flow", "fld", -1),
-    ("a critic helps in four steps", "diffusion-gan", "diffusion, dpm, 4 steps", "fld", -1),
+    ("a critic makes a flow better", "flow-gan", "flow", "fd", -1),
+    ("a critic helps in four steps", "diffusion-gan", "diffusion, dpm, 4 steps", "fd", -1),
     ("guidance makes diffusion obey", "diffusion", "diffusion, guidance 1", "obeyed", 1),
     ("guidance costs diffusion variety", "diffusion", "diffusion, guidance 1", "recall", -1),
     ("guidance makes a flow obey", "flow", "flow, guidance 1", "obeyed", 1),
     ("guidance costs a flow variety", "flow", "flow, guidance 1", "recall", -1),
-    ("twenty steps beat one jump", "diffusion", "one-step", "fld", -1),
-    ("one jump beats one plain step", "one-step", "diffusion, dpm, 1 step", "fld", -1),
+    ("twenty steps beat one jump", "diffusion", "one-step", "fd", -1),
+    ("one jump beats one plain step", "one-step", "diffusion, ddim, 1 step", "fd", -1),
     ("one jump is faster than twenty steps", "one-step", "diffusion", "images/s", 1),
     ("value by value is slower than a GAN", "autoregressive", "gan", "images/s", -1),
     ("value by value is slower than twenty steps", "autoregressive", "diffusion", "images/s", -1),
@@ -95,8 +96,11 @@ def significant(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def percent(value):
-    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}%"
+def percent(value, digits=1):
+    """A share with its spread."""
+    if value is None:
+        return "-"
+    return f"{100 * value['mean']:.{digits}f} ± {100 * value['std']:.{digits}f}%"
 
 
 def bits(row):
@@ -123,10 +127,11 @@ def measured(speed, task):
 
 
 def rates(speed):
-    """Images per second of each way to sample, at its best batch, by its label; not compiled."""
+    """Images per second of each way to sample, at its best batch, by its label; all in one mode,
+    eager and in fp32 (where CUDA's convolutions use TF32)."""
     best = {}
     for row in measured(speed, "sampling"):
-        if row["mode"].startswith("eager"):
+        if row["mode"] == "eager":
             best[row["label"]] = max(row["images_per_s"], best.get(row["label"], 0))
     return best
 
@@ -134,7 +139,7 @@ def rates(speed):
 def main_table(folder):
     """The README's table, a row a model, as its script samples by default."""
     rows = read(folder / "quality.json").get("rows", {})
-    rate = rates(read(folder / "gpu/speed.json") or read(folder / "speed.json"))
+    rate = rates(read(folder / "speed.json"))
     body = []
     for name in ("real, held out", *MODELS):
         if name not in rows:
@@ -146,16 +151,10 @@ def main_table(folder):
             model = f"[{name}](/{file})"  # from the root, in any folder's page
             lines = len(Path(script(name).__file__).read_text().splitlines())
         cells = [model, row.get("evaluations", "-"), significant(rate.get(name))]
-        cells += [number(row["fld"], 1), f"{100 * obeyed(row)['mean']:.0f}%", bits(row), lines]
+        cells += [number(row["fd"], 1), percent(row["obeyed"], 0), bits(row), lines]
         body.append(cells)
-    head = "model", "evaluations an image", "images/s", "FLD", "text obeyed", "bits/dim"
+    head = "model", "evaluations an image", "images/s", "FD", "text obeyed", "bits/dim"
     return table([*head, "lines of its file"], body)
-
-
-def obeyed(row):
-    """Mean and deviation of the share of attributes that are as asked."""
-    shares = row["agreement"].values()
-    return {key: statistics.fmean(share[key] for share in shares) for key in ("mean", "std")}
 
 
 def claims_table(files):
@@ -165,7 +164,7 @@ def claims_table(files):
     figures, body = {}, []
     for label in rows.keys() & rate.keys():
         speed = {"mean": rate[label], "std": 0.0}
-        figures[label] = {**rows[label], "obeyed": obeyed(rows[label]), "images/s": speed}
+        figures[label] = {**rows[label], "images/s": speed}
     for statement, first, second, figure, sign in CLAIMS:
         if {first, second} <= figures.keys():
             a, b = (figures[label][figure] for label in (first, second))
@@ -180,29 +179,32 @@ def claims_table(files):
 def seeds_table(rows):
     """gan.py with its penalties (gamma 1) and without (0), for a third of its updates. sign_rate is
     how often D was right in the last quarter: over 0.75 it has won. Claims are of every seed."""
-    figures = "sign_rate", "fld", "recall", "coverage"
+    figures = "sign_rate", "fd", "recall", "coverage"
     body = [[label, *(number(row[figure]) for figure in figures)] for label, row in rows.items()]
     rates = [row["sign_rate"]["mean"] for row in rows.values()]
-    fld = [row["fld"]["mean"] for row in rows.values()]
+    fd = [row["fd"]["mean"] for row in rows.values()]
     claims = {
         "with penalties D stays near 1/2": max(rates[:3]) < 0.75,
         "without them D wins": min(rates[3:]) > 0.75,
-        "penalties make better samples": max(fld[:3]) < min(fld[3:]),
+        "penalties make better samples": max(fd[:3]) < min(fd[3:]),
     }
     body += [[claim, "yes" if holds else "no", *"---"] for claim, holds in claims.items()]
     return table(["gamma, seed", *figures], body)
 
 
 def quality_table(rows):
-    """What samples are like beside real images: mean and deviation over three sampling seeds."""
+    """What samples are like beside real images: mean and deviation over three sampling seeds of one
+    trained model. The columns after "text obeyed" are its parts; bench/quality.py defines all."""
     names, body = list(next(iter(rows.values()))["agreement"]), []
     for label, row in rows.items():
         cells = [label]
-        cells += [percent(row["agreement"][name]) for name in names]
-        cells += [number(row["fld"], 1), *(number(row[figure]) for figure in FIGURES)]
+        cells += [percent(row["obeyed"]), percent(row["obeyed_by_chance"])]
+        cells += [percent(row["agreement"].get(name)) for name in names]
+        cells += [number(row["fd"], 1), *(number(row[figure]) for figure in FIGURES)]
         cells += [bits(row), row.get("evaluations", "-"), row.get("updates", "-")]
         body.append(cells)
-    return table(["images", *names, "FLD", *FIGURES, "bits/dim", "evaluations", "updates"], body)
+    head = ["images", "text obeyed", "by chance", *names, "FD", *FIGURES]
+    return table([*head, "bits/dim", "evaluations", "updates"], body)
 
 
 def stacked_table(rows):
@@ -281,10 +283,10 @@ def picture(path, rows):
 
 
 def plot_quality_against_speed(folder):
-    """One point a way to sample: FLD against images/s; the steps of a sampler make a curve."""
+    """One point a way to sample: FD against images/s; the steps of a sampler make a curve."""
     rows = read(folder / "quality.json").get("rows", {})
-    rate = rates(read(folder / "gpu/speed.json") or read(folder / "speed.json"))
-    points = {name: (rate[name], rows[name]["fld"]["mean"]) for name in rows if name in rate}
+    rate = rates(read(folder / "speed.json"))
+    points = {name: (rate[name], rows[name]["fd"]["mean"]) for name in rows if name in rate}
     if not points:
         return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -297,11 +299,11 @@ def plot_quality_against_speed(folder):
         axes.scatter(*point, color="tab:blue" if name in MODELS else "tab:gray")
         axes.annotate(name.removeprefix("diffusion, "), point, **style)
     if "real, held out" in rows:
-        real = rows["real, held out"]["fld"]["mean"]
+        real = rows["real, held out"]["fd"]["mean"]
         axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")
         axes.legend(frameon=False)
     axes.margins(0.2)
-    axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FLD (lower is better)")
+    axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FD (lower is better)")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     figure.savefig(folder / "quality_speed.png", dpi=150)

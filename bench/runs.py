@@ -42,14 +42,17 @@ def parser(**defaults):
 def start(parser, argv, train, sample):
     """Reads the flags and does what they ask for."""
     args = parser.parse_args(argv)
-    if args.train and not args.resume and (args.out / "checkpoint.pt").exists():
-        parser.error(f"{args.out} holds a run: add --resume, or take another --out")
-    torch.set_default_device(args.device)
-    if args.train:
-        train(args)
-    elif not args.sample:
+    if not (args.train or args.sample):
         return parser.print_help()
-    sample(args)
+    holds_run = any((args.out / name).exists() for name in ("checkpoint.pt", "log.jsonl"))
+    if args.train and not args.resume and holds_run:
+        parser.error(f"{args.out} holds a run: add --resume, or take another --out")
+    if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()):
+        parser.error("--npz takes a new file in a folder that exists")
+    with torch.device(args.device):
+        if args.train:
+            train(args)
+        sample(args)
 
 
 def load(network, run, device):
@@ -70,7 +73,7 @@ def train(args, model, checkpoint, x, captions, loss_of):
     x, ids = x.to(args.device), model.tokenize(captions)
     ema = copy.deepcopy(model).requires_grad_(False)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(weights, betas=(0.9, 0.99), fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     for name, part in parts.items() if args.resume else ():
         part.load_state_dict(checkpoint[name])
@@ -78,11 +81,12 @@ def train(args, model, checkpoint, x, captions, loss_of):
         loss_of = torch.compile(loss_of)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    for update in tqdm(range(checkpoint["update"] + 1, args.train_steps + 1)):
+    bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1))
+    for update in bar:
         # seeded at each update, so that a resumed run draws what one that never stopped draws
-        torch.manual_seed(hash((args.seed, update)))
+        torch.manual_seed(hash((args.seed, -args.seed, update)))
         i = torch.randint(len(x), (args.batch_size,))
-        progress = update / args.train_steps
+        progress = (update - 0.5) / args.train_steps
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             loss, log = loss_of(x[i] / 127.5 - 1, ids[i], progress)
         optimizer.zero_grad()
@@ -97,7 +101,8 @@ def train(args, model, checkpoint, x, captions, loss_of):
             continue
         log = {name: value.item() for name, value in log.items()}
         if not all(map(math.isfinite, log.values())):
-            raise SystemExit(f"the loss is not finite at update {update}: lower --lr")
+            raise SystemExit(f"training diverged before update {update}: lower --lr")
+        bar.set_postfix(log)
         with open(args.out / "log.jsonl", "a") as file:
             print(json.dumps({"update": update, **log}), file=file)
         if save:
@@ -110,7 +115,9 @@ def train(args, model, checkpoint, x, captions, loss_of):
 def draw(args, model, checkpoint, **options):
     """Draws args.images images for texts, or for captions of the training set: samples.png."""
     texts = args.caption or checkpoint["captions"]
-    captions = [texts[i] for i in models.evenly(args.images, len(texts))]
+    order = np.random.default_rng(0).choice(len(texts), args.images)
+    chosen = models.evenly(args.images, len(texts)) if args.caption else order
+    captions = [texts[i] for i in chosen]
     x = models.draw(model, captions, args.seed, **options)
     if args.npz:
         np.savez_compressed(args.npz, x=x.movedim(1, 3).numpy(), y=captions)

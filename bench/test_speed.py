@@ -85,11 +85,18 @@ def stepwise(module, *argv):
     waits before each update until it is asked for."""
     asked, ready = threading.Semaphore(0), threading.Semaphore(0)
 
+    class Bar(list):
+        def __iter__(self):
+            for share in itertools.cycle((0.1, 0.7, 0.3, 0.9, 0.5)):
+                ready.release()
+                asked.acquire()
+                yield 1 + int(share * len(self))
+
+        def set_postfix(self, log):
+            pass
+
     def bar(updates, **_):
-        for share in itertools.cycle((0.1, 0.7, 0.3, 0.9, 0.5)):
-            ready.release()
-            asked.acquire()
-            yield 1 + int(share * len(updates))
+        return Bar(updates)
 
     def one_more():
         asked.release()
@@ -111,11 +118,11 @@ def ceilings(dtype):
     """Operations and bytes a second of a large product and of a large copy: no call does more."""
     side = 8192 if DEVICE == "cuda" else 2048
     a = torch.randn(side, side, device=DEVICE, dtype=dtype)
-    b = torch.randn(2**26, device=DEVICE)
+    b, c = torch.randn(2, 2**26, device=DEVICE)
     torch.backends.cuda.matmul.allow_tf32 = True  # as in convolutions, by PyTorch's default
     product = min(timeit.repeat(waiting(lambda: a @ a), number=1))
     torch.backends.cuda.matmul.allow_tf32 = False
-    copy = min(timeit.repeat(waiting(b.clone), number=1))
+    copy = min(timeit.repeat(waiting(lambda: c.copy_(b)), number=1))
     return 2 * side**3 / product, 2 * b.nbytes / copy
 
 
@@ -157,7 +164,9 @@ def test_sampling(benchmark, label, batch, mode, pytestconfig):
     call = drawing(model, batch, mode, options)
     evaluations, gflop, mb, mb_of_weights = cost(label, width).values()
     notes = {"task": "sampling", "label": label, "mode": mode, "evaluations": evaluations}
-    notes |= {"gflop_per_image": gflop, "mb_per_image": mb + mb_of_weights / batch}
+    bytes_of_a_value = 2 if mode == "eager bf16" else 4
+    mb_per_image = (mb + mb_of_weights / batch) * bytes_of_a_value / 4
+    notes |= {"gflop_per_image": gflop, "mb_per_image": mb_per_image}
     measure(benchmark, captured(call) if mode == "graph" else call, batch, pytestconfig, **notes)
     if DEVICE == "cuda" and mode != "graph":  # which keeps memory of its own
         benchmark.extra_info["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20

@@ -68,7 +68,7 @@ def halves(path, n):
     x = np.random.default_rng(0).integers(0, 40, (n, 8, 8), np.uint8)
     y = ["dark left", "bright left", "dark right", "bright right"] * (n // 4)
     for image, caption in zip(x, y):
-        half = image[:, 4:] if "right" in caption else image[:, :4]
+        half = image[:, 4:] if caption.endswith(" right") else image[:, :4]
         half += np.uint8(200 if "bright" in caption else 90)
     np.savez(path, x=x, y=y)
     return path

@@ -1,6 +1,7 @@
 """bench/pack.py: what it writes, and that it refuses what it cannot pack."""
 
 import gzip
+import json
 
 import numpy as np
 import pytest
@@ -73,10 +74,11 @@ def test_refusals(tmp_path, capsys):
     assert "no folder" in refused(capsys, tmp_path / "nowhere", out)
     assert "neither images" in refused(capsys, tmp_path / "empty", out)
     picture(tmp_path / "in" / "a" / "good.png")
-    (tmp_path / "in" / "a" / "bad.png").write_bytes(b"no image")
-    assert "bad.png" in refused(capsys, tmp_path / "in", out)
-    Image.new("I;16", (8, 8)).save(tmp_path / "in" / "a" / "bad.png")
-    assert "bad.png" in refused(capsys, tmp_path / "in", out)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "bad.png").write_bytes(b"no image")
+    Image.new("I;16", (8, 8)).save(tmp_path / "broken" / "deep.png")
+    line = refused(capsys, tmp_path / "broken", out)
+    assert "bad.png" in line and "deep.png (it has more than 8 bits a channel)" in line
     assert "--size 30" in refused(capsys, tmp_path / "in", out, "--size", "30")
     (tmp_path / "mnist").mkdir()
     mnist_folder(tmp_path / "mnist", n_labels=5)
@@ -87,6 +89,76 @@ def test_refusals(tmp_path, capsys):
     assert "cannot be read" in refused(capsys, tmp_path / "mnist", out)
     assert not out.exists()
     out.write_bytes(b"mine")
-    (tmp_path / "in" / "a" / "bad.png").unlink()
     assert "exists already" in refused(capsys, tmp_path / "in", out)
     assert out.read_bytes() == b"mine"
+
+
+def packed(folder, capsys, *flags):
+    """What pack writes of a folder, and what it prints."""
+    out = folder.parent / "out.npz"
+    out.unlink(missing_ok=True)
+    pack.main([str(folder), str(out), "--size", "8", *flags])
+    return np.load(out), capsys.readouterr().out
+
+
+def test_what_is_hidden_is_passed_over_and_what_cannot_be_read_is_told(tmp_path, capsys):
+    folder = tmp_path / "in"
+    for name in ("a/1.png", "a/2.JPEG", "a/3.jfif", ".trash/4.png", "a/.5.png", "__MACOSX/6.png"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 100).save(path, "png" if "png" in name else "jpeg")
+    (folder / "a/7.heic").write_bytes(b"?")
+    (folder / "a/8.png").write_bytes((folder / "a/1.png").read_bytes()[:50])
+    (folder / "a/9.png").write_bytes(b"")
+    (folder / "loop").symlink_to(folder)
+    picture(tmp_path / "elsewhere" / "b" / "1.png")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    data, told = packed(folder, capsys)
+    assert data["y"].tolist() == ["a", "a", "a", "b"]
+    assert "packed 4, left out 3" in told
+    assert all(name in told for name in ("7.heic", "8.png", "9.png"))
+    assert "images are of nearly one value" in told
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_laid_on_white(mode, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    image = Image.new("RGBA", (8, 8), (0, 200, 0, 0))  # a hidden green
+    image.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    image = image.convert(mode) if mode != "P" else image.quantize(4)
+    image.save(tmp_path / "in/a.png")
+    data, _ = packed(tmp_path / "in", capsys)
+    x = data["x"][0].reshape(8, 8, -1)
+    assert (x[0, 0] == 255).all() and (x[4, 4] == 0).all()
+
+
+def test_captions_of_all_kinds(tmp_path, capsys):
+    folder = tmp_path / "in"
+    for i in range(7):
+        picture(folder / f"{i}.png")
+    (folder / "0.txt").write_bytes(b"\xef\xbb\xbfa red fox\r\n")
+    (folder / "1.TXT").write_text("one line\n\nanother\n")
+    (folder / "2.txt").write_bytes("ein fuchs für dich".encode("cp1252"))
+    (folder / "3.txt").write_text("word " * 9000)
+    rows = [{"file_name": "4.png", "text": "from metadata"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    data, told = packed(folder, capsys)
+    y = data["y"].tolist()
+    assert y[0] == "a red fox" and y[1] in ("one line", "another")
+    assert len(y[2]) == 500 and y[3:] == ["from metadata", "", ""]
+    assert "2.png (2.txt is not UTF-8 text)" in told
+    assert "2 of 6 images have no caption" in told
+    (folder / "metadata.jsonl").write_text("{}\n")
+    assert "metadata.jsonl" in refused(capsys, folder, tmp_path / "other.npz")
+
+
+def test_train_and_test_folders_fill_both_parts(tmp_path, capsys):
+    for name in ("train/cat/1.png", "train/2.png", "val/cat/3.png", "other/4.png"):
+        picture(tmp_path / "in" / name)
+    data, told = packed(tmp_path / "in", capsys)
+    assert data["y"].tolist() == ["", "cat"] and data["y_test"].tolist() == ["cat"]
+    assert "packed 3, left out 1: other/4.png" in told
+    (tmp_path / "in/test").mkdir()
+    picture(tmp_path / "in/test/dog/5.png")
+    data, _ = packed(tmp_path / "in", capsys)
+    assert data["y_test"].tolist() == ["dog"]

@@ -159,7 +159,7 @@ class Text(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, ids):
-        there = (ids > 0).float()[:, :, None]                                  # (B, L, 1)
+        there = (ids > 0)[:, :, None]                                          # (B, L, 1)
         h = self.read(self.word(ids) + self.place.weight[: ids.shape[1]])      # (B, L, E)
         mean = (h * there).sum(1) / there.sum(1).clamp(min=1)
         return self.mlp(mean)

@@ -81,7 +81,7 @@ class Text(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, ids):
-        there = (ids > 0).float()[:, :, None]                                  # (B, L, 1)
+        there = (ids > 0)[:, :, None]                                          # (B, L, 1)
         h = self.read(self.word(ids) + self.place.weight[: ids.shape[1]])      # (B, L, E)
         mean = (h * there).sum(1) / there.sum(1).clamp(min=1)
         return self.mlp(mean)
@@ -257,7 +257,7 @@ class Flow(nn.Module):
         """(5), and (6) for the coarsest picture: z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
         self.stacks.eval()  # with dropout it would be no inverse
         null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
-        *parts, last = self.analyze(z)
+        *parts, last = self.analyze(z.to(c.dtype))
         y = self.stacks[-1].inverse(*last, c, null, guidance)
         y = y.view(-1, *self.coarsest)
         for stack in reversed(self.stacks[:-1]):

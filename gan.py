@@ -154,7 +154,7 @@ class Text(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, ids):
-        there = (ids > 0).float()[:, :, None]                                  # (B, L, 1)
+        there = (ids > 0)[:, :, None]                                          # (B, L, 1)
         h = self.read(self.word(ids) + self.place.weight[: ids.shape[1]])      # (B, L, E)
         mean = (h * there).sum(1) / there.sum(1).clamp(min=1)
         return self.mlp(mean)
@@ -171,8 +171,8 @@ class Text(nn.Module):
 
 class Critic(nn.Module):
     """D of (1) for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
-    text's vector (Miyato & Koyama 2018). The larger scale is, the faster D learns; found by trial:
-    16 in gan.py, where D teaches alone, and 1 in hybrids.py, beside another loss."""
+    text's vector (Miyato & Koyama 2018). The larger scale is, the faster D learns. Found by trial:
+    16 in gan.py and diffusion-gan, 1 in vae-gan and flow-gan, where another loss teaches more."""
 
     def __init__(self, shape, width, dim, scale=1.0):
         super().__init__()

@@ -166,7 +166,7 @@ class Text(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, ids):
-        there = (ids > 0).float()[:, :, None]                                  # (B, L, 1)
+        there = (ids > 0)[:, :, None]                                          # (B, L, 1)
         h = self.read(self.word(ids) + self.place.weight[: ids.shape[1]])      # (B, L, E)
         mean = (h * there).sum(1) / there.sum(1).clamp(min=1)
         return self.mlp(mean)
@@ -183,8 +183,8 @@ class Text(nn.Module):
 
 class Critic(nn.Module):
     """D of (1) for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
-    text's vector (Miyato & Koyama 2018). The larger scale is, the faster D learns; found by trial:
-    16 in gan.py, where D teaches alone, and 1 in hybrids.py, beside another loss."""
+    text's vector (Miyato & Koyama 2018). The larger scale is, the faster D learns. Found by trial:
+    16 in gan.py and diffusion-gan, 1 in vae-gan and flow-gan, where another loss teaches more."""
 
     def __init__(self, shape, width, dim, scale=1.0):
         super().__init__()
@@ -387,7 +387,7 @@ class Flow(nn.Module):
         """(5), and (6) for the coarsest picture: z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
         self.stacks.eval()  # with dropout it would be no inverse
         null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
-        *parts, last = self.analyze(z)
+        *parts, last = self.analyze(z.to(c.dtype))
         y = self.stacks[-1].inverse(*last, c, null, guidance)
         y = y.view(-1, *self.coarsest)
         for stack in reversed(self.stacks[:-1]):
@@ -542,7 +542,8 @@ class DiffusionGAN(nn.Module):
         self.style = nn.Linear(self.latent, dim)
         self.encoder = Encoder(shape, width, dim)
         self.decoder = Decoder(shape, width, dim)
-        self.critic = Critic((2 * shape[0], *shape[1:]), width, dim)
+        pair = 2 * shape[0], *shape[1:]
+        self.critic = Critic(pair, width, dim, scale=16.0)
         self.critic_time = nn.Embedding(self.steps + 1, dim)
 
     def denoise(self, x_t, k, c):

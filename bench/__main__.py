@@ -2,9 +2,9 @@
 
   python -m bench                    each script's default length, hours on a CPU
   python -m bench --quick            a twelfth of the updates and fewer samples: minutes
-  python -m bench --data FILE.npz --models vae gan
+  python -m bench --data FILE.npz --models vae gan --times 2
   python -m bench --quick --width 32       other flags go to the training scripts
-  python -m bench --seeds                  also trains six GANs: are they stable, and why?
+  python -m bench --seeds                  also trains each model from two more seeds
 
 writes quality.json, a row a way to sample, samples.png and quality_speed.png into --out. An
 interrupted call goes on where it stopped: a run is resumed, and a row that is there for the same
@@ -13,11 +13,10 @@ belongs into the same folder, or for a GPU into gpu/ below it.
 """
 
 import argparse
-import json
 from itertools import product
 from pathlib import Path
 
-from bench import likelihood, models, report
+from bench import likelihood, models, pictures, report
 from bench.quality import Judge
 
 SEEDS = 0, 1, 2
@@ -42,15 +41,6 @@ def summary(measured):
     return {figure: summary([each[figure] for each in measured]) for figure in measured[0]}
 
 
-def stability(run, judge, captions):
-    """Of a run of a GAN: what its samples are like, and sign_rate, how often its critic was right
-    in the last quarter of training."""
-    row = summary([judge.measure(models.draw(models.load(run)[0], captions, 0), captions)])
-    lines = (run / "log.jsonl").read_text().splitlines()
-    rates = [json.loads(line)["sign_rate"] for line in lines]
-    return {**row, "sign_rate": report.spread(rates[-len(rates) // 4 :])}
-
-
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -59,8 +49,10 @@ def main(argv=None):
     flag("--out", type=Path, help="of the results [bench/results, or a folder beside the runs]")
     flag("--runs", type=Path, help="of the runs [runs, runs/DATA, runs/quick]")
     flag("--data", type=Path, help="an .npz of images and captions [built-in digits]")
-    flag("--seeds", action="store_true", help="the GAN from three training seeds, too")
+    flag("--seeds", action="store_true", help="each model from two more training seeds, too")
     flag("--models", nargs="*", choices=names, default=names)
+    flag("--caption", action="append", help="a column of samples.png; may be repeated")
+    flag("--times", type=float, default=1.0, help="updates, as a multiple of the scripts' default")
     flag("--device", default=models.HERE, choices=sorted({models.HERE, "cpu"}))
     args, training = parser.parse_known_args(argv)
     data = str(args.data.resolve()) if args.data else None
@@ -81,11 +73,10 @@ def main(argv=None):
         flags += ["--data", data]
     for name in args.models:
         steps = models.flags(name, *flags).train_steps
-        train(name, runs / name, steps // 12 if args.quick else steps, *flags)
-    penalties = list(product("10", "012")) if args.seeds else []
-    steps = models.flags("gan", *flags).train_steps // (36 if args.quick else 3)
-    for gamma, seed in penalties:
-        train("gan", runs / f"gan-{gamma}-{seed}", steps, *flags, "--gamma", gamma, "--seed", seed)
+        steps = int(args.times * steps / (12 if args.quick else 1))
+        train(name, runs / name, steps, *flags)
+        for seed in SEEDS[1:] if args.seeds else ():
+            train(name, runs / f"{name}-{seed}", steps, *flags, "--seed", str(seed))
 
     print("a classifier of real images learns to read")
     judge = Judge(data)
@@ -98,7 +89,7 @@ def main(argv=None):
     for label, images in judge.baselines(n).items():
         if label not in rows:
             add(label, summary([judge.measure(*images)]))
-    texts, strips = [captions[i] for i in models.evenly(10, n)], []
+    texts, strips = args.caption or [captions[i] for i in models.evenly(10, n)], []
     for name in args.models:
         model, checkpoint = models.load(runs / name, args.device)
         strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
@@ -116,14 +107,16 @@ def main(argv=None):
                 row["bits_per_dim"] = likelihood.measure(model, *given, some)
             add(label, row, **stamp)
 
-    for gamma, seed in penalties:
-        row = stability(runs / f"gan-{gamma}-{seed}", judge, captions)
-        results.setdefault("seeds", {})[f"{gamma}, {seed}"] = row
-        report.write(path, results)
+    for name, seed in product(args.models, SEEDS[1:] if args.seeds else ()):
+        model, checkpoint = models.load(runs / f"{name}-{seed}", args.device)
+        measured = [judge.measure(models.draw(model, captions, 0), captions)]
+        add(f"{name}, seed {seed}", summary(measured), updates=checkpoint["update"], n=n)
 
     if strips:
-        report.picture(out / "samples.png", strips)
-    report.plot_quality_against_speed(out)
+        seen = set(judge.captions)
+        titles = [text if text in seen else f"{text} (not seen)" for text in texts]
+        pictures.samples_picture(out / "samples.png", titles, strips)
+    report.plot(out)
     print(report.quality_table(rows))
     print(report.main_table(out))
     if out == report.RESULTS:

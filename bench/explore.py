@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import flow
 import prior
 from bench import likelihood, models
-from bench.report import picture
+from bench.pictures import picture
 
 
 def interpolation(model, z, c, texts):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bench import models, report
+from bench import models, pictures
 
 
 def parser(**defaults):
@@ -123,4 +123,4 @@ def draw(args, model, checkpoint, **options):
         np.savez_compressed(args.npz, x=x.movedim(1, 3).numpy(), y=captions)
     titles = [f"{caption}, ..." for caption in captions[:80:8]]
     rows = (x[:80] / 127.5 - 1).split(8)
-    report.picture(args.out / "samples.png", list(zip(titles, rows)))
+    pictures.picture(args.out / "samples.png", list(zip(titles, rows)))

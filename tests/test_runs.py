@@ -180,6 +180,15 @@ def test_resume_of_a_finished_run_draws_it_and_trains_nothing(model, copied, dat
     assert after == before
 
 
+@every_model
+def test_a_model_in_bfloat16_samples(model, finished):
+    network, _ = module_of(model).load(finished(model))
+    network.bfloat16()
+    c = network.embed(network.tokenize(["bright left", ""]))
+    x = network.sample(prior.sample(2, *network.latent_shape), c)
+    assert x.shape == (2, 1, 8, 8) and x.isfinite().all() and x.abs().max() <= 1
+
+
 class Payload:
     """Unpickled, it would open a file."""
 

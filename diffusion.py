@@ -6,20 +6,22 @@ On the way from an image to noise, z_t is a mixture, and v is the velocity along
 rectified flow (Liu et al. 2023) or flow matching (Lipman et al. 2023); c is the text's vector:
   z_t = (1 - t) x + t eps,   eps ~ N(0, I),   v = dz_t/dt = eps - x                            (1)
 A U-Net learns v. Predicting v is the textbook's predicting eps (Ho et al. 2020), with its errors
-weighted by 1 / (1 - t)^2; either gives the image and the noise that the network sees in z_t:
+weighted by 1 / (1 - t)^2. From v follow the network's guesses of the image and of the noise:
   loss = E |v_theta(z_t, t, c) - v|^2                                                          (2)
   x_hat = z_t - t v_theta,   eps_hat = z_t + (1 - t) v_theta                                   (3)
-Guidance w > 1 goes beyond what the text changes (Ho & Salimans 2022), for two evaluations a step:
+Guidance w > 1 exaggerates what the text changes (Ho & Salimans 2022), for two evaluations a step:
   v_theta(z_t, t, "") + w (v_theta(z_t, t, c) - v_theta(z_t, t, ""))                           (4)
 Every sampler repeats one step, from t down to s (Song, Meng & Ermon 2021, equation 12):
   z_s = (1 - s) x_hat + sqrt(s^2 - sigma^2) eps_hat + sigma eps,   eps ~ N(0, I) anew          (5)
   sigma = eta s sqrt(1 - r^2),   r = (1 - t) s / ((1 - s) t)                                   (6)
 ddim has eta = 0: no noise is added. ddpm has eta = 1: a step is a draw of q(z_s | z_t, x_hat) (Ho
-et al. 2020, equation 7). From t = 1 r is 0, and all noise is new, so that the image is no function
-of the first z. dpm, DPM-Solver++(2M) (Lu et al. 2022), is ddim with x_hat replaced by
+et al. 2020, equation 7). From t = 1, r is 0 and all noise is new: the first z no longer fixes the
+image. dpm, DPM-Solver++(2M) (Lu et al. 2022), is ddim with other guesses: x_hat is replaced by
   x_hat + step / (2 step_before) (x_hat - x_hat_before)                                        (7)
-which continues the line through the last two x_hat, where step is that in log((1 - t) / t). As this
-is infinite at t = 0 and 1, dpm's first two steps and its last are ddim's. One of 1 or 2 is ddim.
+and eps_hat by what (1) then gives. (7) continues the line through the last two x_hat, in steps of
+log((1 - t) / t). This is infinite at t = 0 and 1: dpm's first two steps and its last are ddim's.
+
+Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
   python diffusion.py --train        on 4,500 captioned digits; then runs/diffusion/samples.png
   python diffusion.py --sample --sampler dpm --steps 10 --caption "bold slanted seven"
@@ -66,8 +68,8 @@ class Norm(nn.RMSNorm):
 
 
 class Block(nn.Module):
-    """A residual block. emb (B, E) scales and shifts the channels inside. The players of gan.py
-    have no norm: the penalties there already bound how steep the critic is."""
+    """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
+    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
@@ -94,7 +96,7 @@ def grid_widths(side, width):
 
 class Encoder(nn.Module):
     """Reads images (B, C, S, S) from the finest grid to the coarsest. Returns the coarsest h, and a
-    list of the finer ones. position tells places apart, which a convolution alone does not."""
+    list of the finer ones. position tells pixels apart, which a convolution alone does not."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -114,8 +116,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, S, S) from the coarsest grid h to the finest. diffusion.py adds an
-    encoder's skips to the finer grids; the other models have none."""
+    """Draws images (B, C, S, S) from the coarsest grid h to the finest. Diffusion models add an
+    encoder's skips to the finer grids; other models have none."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -146,14 +148,14 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). The order of words is read, since the vector
-    of each word is joined with that of its place. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
+    is added to that of each word. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
         self.ids = {word: i for i, word in enumerate(["", *vocabulary])}
         self.word = nn.Embedding(1 + len(vocabulary), dim)
-        self.place = nn.Embedding(64, dim)
+        self.place = nn.Embedding(64, dim)  # words_of gives no more
         self.read = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         layers = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.mlp = nn.Sequential(*layers)
@@ -229,7 +231,7 @@ class Diffusion(nn.Module):
                 x = x_hat + step / (2 * step_before) * (x_hat - x_hat_before)  # (7)
                 step_before = step
             x_hat_before = x_hat
-            eps = (z - (1 - t) * x) / t                                        # (1)
+            eps = (z - (1 - t) * x) / t                                        # (1), for eps
             eta = 1.0 if sampler == "ddpm" else 0.0
             r = (1 - t) * s / ((1 - s) * t)
             sigma = eta * s * math.sqrt(1 - r**2)                              # (6)
@@ -323,7 +325,7 @@ def train(args):
         # a batch: seeded at each update, so that a resumed run draws what a whole one draws
         torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # each tenth caption and word is hidden: guidance needs a model of the null text
+        # 1 in 10 captions and words is hidden: guidance needs a model of the null text
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = (update - 0.5) / args.train_steps
@@ -376,7 +378,7 @@ def sample(args):
     torch.manual_seed(args.seed)
     images = []
     for ids in tqdm(model.tokenize(captions).split(100), "drawing", leave=False):
-        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # in a shorter call the same z
+        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # z_i is the same for any n
         x = model.sample(z, model.embed(ids), args.steps, args.sampler, args.guidance)
         images.append((127.5 * (x + 1)).round().byte())
     images = rearrange(torch.cat(images), "n c h w -> n h w c").cpu().numpy()
@@ -427,8 +429,8 @@ def main(argv=None):
     for name in ("train_steps", "batch_size", "lr", "checkpoint_every", "images", "steps"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} takes a number over 0")
-    width = 8 if args.width is None else args.width
-    if width <= 0 or width % 8 or args.batch_size % RANKS:
+    bad_width = args.width is not None and args.width not in range(8, 2**16, 8)
+    if bad_width or args.batch_size % RANKS:
         parser.error("--width takes a multiple of 8, --batch-size one of the number of ranks")
     if args.images < len(args.caption or ()):
         parser.error("--images is to be at least the number of --caption")

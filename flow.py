@@ -2,26 +2,29 @@
 
   x -> y = x + noise -> coarse picture, details -> couplings -> z;   z ~ N(0, I) -> y -> x, an image
 
-Images are seen through noise, since most have values that are exactly the same, where a density
-would be infinite, and small errors become dots (as in TarFlow, Zhai et al. 2024):
+The flow sees noisy images. In clean ones many values are equal, where a density would be infinite,
+and small errors would show as dots (noise as in TarFlow, Zhai et al. 2024):
   y = x + s eps,   eps ~ N(0, I)                                                               (1)
-Haar's wavelets split y into a picture of half its side and details, and that again, until at most
-256 values are left (Wavelet Flow, Yu et al. 2020). The density is a product, exactly:
-  log p(y | c) = log p(coarse picture | c) + sum of log p(details | coarser picture, c)        (2)
-Each factor is made N(0, I) by couplings (RealNVP, Dinh et al. 2017), given the text's vector c and,
-for details, features of the coarser picture. A coupling changes some channels h_b, given the others
-h_a, which stay. So its inverse is exact, and its log-determinant is a sum of r:
-  h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, given)                                 (3)
-  log p = log N(z; 0, I) + log |det dz/dh|,   each log-determinant the sum of all -r           (4)
-To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarse picture first:
-  h_b <- h_b exp(r) + shift                                                                    (5)
-Guidance w, a heuristic (also of TarFlow), goes beyond what the text changes in the coarse picture:
-  (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, "")),   and h_b is kept in [-6, 6]     (6)
-For w = 1 this is (5). A bound is needed as couplings that are led where they never were would lead
-each other on. At last a small network takes the noise out of y: m is its view of the clean image,
-in which some noise tau is left, and P(k) is how frequent pixel value k is in the training images:
-  P(k | y) is proportional to P(k) N(m(y); x_k, tau^2),   and the likeliest k is drawn         (7)
-It learns by the log of (7), and brings flat colours back, black and white among them.
+Haar's wavelets split y into a picture of half its side and details, and that picture again, until
+its side is odd or at most 256 values are left (Wavelet Flow, Yu et al. 2020). So it is exact that
+  log p(y | c) = log p(coarsest picture | c) + sum of log p(details | coarser picture, c)      (2)
+Each factor h is made N(0, I): first h <- (h - mean) / std, then by couplings (RealNVP, Dinh et al.
+2017), given the text's vector c and, for details, features of the coarser picture. A coupling
+changes some channels h_b, given the others h_a, which stay:
+  h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, given),   r between -2 and 2           (3)
+So its inverse is exact, and its log-determinant a sum:
+  log p = log N(z; 0, I) + log |det dz/dh|,   the sum of all -r and of -log std                (4)
+To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarsest picture first:
+  h_b <- h_b exp(r) + shift,   and at last h <- h std + mean                                   (5)
+Guidance w, a heuristic (TarFlow has it too), exaggerates what the text changes in that picture:
+  (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, ""))                                   (6)
+For w = 1 this is (5). Else r is kept in [-2, 2] and h_b in [-6, 6], found by trial: beyond them,
+each coupling would drive the next one further out. At last a small network takes the noise out
+of y: m(y) is its view of the clean image, with some noise tau left. With x_k for pixel value k in
+[-1, 1], and P(k), how frequent k is in the training images, the likeliest k is shown of
+  P(k | y), which is proportional to P(k) N(m(y); x_k, tau^2)                                  (7)
+The network learns by the log of (7), which brings flat colours back, black and white among them.
+Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
   python flow.py --train             on 4,500 captioned digits; then draws runs/flow/samples.png
   python flow.py --sample --guidance 1 --temperature 1 --caption "bold slanted seven"
@@ -68,14 +71,14 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). The order of words is read, since the vector
-    of each word is joined with that of its place. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
+    is added to that of each word. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
         self.ids = {word: i for i, word in enumerate(["", *vocabulary])}
         self.word = nn.Embedding(1 + len(vocabulary), dim)
-        self.place = nn.Embedding(64, dim)
+        self.place = nn.Embedding(64, dim)  # words_of gives no more
         self.read = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         layers = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.mlp = nn.Sequential(*layers)
@@ -101,22 +104,22 @@ def split(y):
     (B, C, S/2, S/2), twice the mean of each 2 x 2 places, and its details (B, 3 C, S/2, S/2)."""
     a, b, c, d = rearrange(y, "b c (h i) (w j) -> (i j) b c h w", i=2, j=2)
     top, bottom = a + b, c + d
-    x, y = a - b, c - d
-    details = torch.cat([x + y, top - bottom, x - y], 1)
+    across, below = a - b, c - d
+    details = torch.cat([across + below, top - bottom, across - below], 1)
     return (top + bottom) / 2, details / 2
 
 
 def merge(coarse, details):
     """The inverse of split."""
-    x, y, xy = details.chunk(3, 1)
-    top, bottom = coarse + y, coarse - y
-    left, right = x + xy, x - xy
-    places = torch.stack([top + left, top - left, bottom + right, bottom - right]) / 2
+    horizontal, vertical, diagonal = details.chunk(3, 1)
+    top, bottom = coarse + vertical, coarse - vertical
+    across, below = horizontal + diagonal, horizontal - diagonal
+    places = torch.stack([top + across, top - across, bottom + below, bottom - below]) / 2
     return rearrange(places, "(i j) b c h w -> b c (h i) (w j)", i=2)
 
 
 def network(channels, width, out, kernels, dropout=0.0):
-    """Three convolutions of (B, channels, s, s) to (B, out, s, s)."""
+    """Three convolutions of (B, channels, H, W) to (B, out, H, W)."""
     layers, sizes = [], (channels, width, width, out)
     for (a, b), k in zip(pairwise(sizes), kernels):
         conv = nn.Conv2d(a, b, k, padding=k // 2)
@@ -125,7 +128,7 @@ def network(channels, width, out, kernels, dropout=0.0):
 
 
 class Coupling(nn.Module):
-    """Changes some channels of h (B, n, s, s), given others and what is known (B, m, s, s)."""
+    """Changes some channels of h (B, n, H, W), given others and what is known (B, m, H, W)."""
 
     def __init__(self, given, changed, known, width, kernel):
         super().__init__()
@@ -138,9 +141,9 @@ class Coupling(nn.Module):
         nn.init.zeros_(self.net[-1].bias)
 
     def affine(self, h, known):
-        """shift and r of (3), (B, n, s, s) each; tanh keeps r between -2 and 2."""
-        given = torch.cat([h[:, self.given], known], 1)
-        shift, r = self.net(given).chunk(2, 1)
+        """shift and r, each like the channels that change; tanh keeps r between -2 and 2."""
+        seen = torch.cat([h[:, self.given], known], 1)
+        shift, r = self.net(seen).chunk(2, 1)
         return shift, 2 * torch.tanh(r / 2)
 
     def forward(self, h, known):
@@ -161,45 +164,45 @@ class Coupling(nn.Module):
 
 
 class Stack(nn.Module):
-    """One factor of (2): given a picture (B, C, s, s) and a text's c (B, E), h (B, n, s, s) is made
-    standard normal."""
+    """One factor of the density: given a picture (B, C, H, W) and a text's c (B, E), h (B, n, H, W)
+    becomes standard normal."""
 
     def __init__(self, n, channels, dim, width, kernel, couplings):
         super().__init__()
         self.register_buffer("mean", torch.zeros(n, 1, 1))
         self.register_buffer("std", torch.ones(()))
-        known = min(width, dim)
-        self.read = network(channels + dim, width, known, (kernel, kernel, kernel))
+        size = min(width, dim)
+        self.read = network(channels + dim, width, size, (kernel, kernel, kernel))
         halves = [torch.randperm(n).chunk(2) for _ in range(couplings)]
         halves.append((torch.arange(0), torch.arange(n)))  # all of h, given picture and text alone
-        every = [Coupling(*half, known, width, kernel) for half in halves]
+        every = [Coupling(*half, size, width, kernel) for half in halves]
         self.couplings = nn.ModuleList(every)
 
-    def known(self, picture, c):
+    def features(self, picture, c):
+        """What the couplings are given of the picture and of the text."""
         text = c[:, :, None, None].expand(-1, -1, *picture.shape[2:])
-        return self.read(torch.cat([picture, text], 1))                        # (B, known, s, s)
+        return self.read(torch.cat([picture, text], 1))                        # (B, size, H, W)
 
     def forward(self, h, picture, c):
         h = (h - self.mean) / self.std
         log_det = -self.std.log() * h[0].numel()
-        known = self.known(picture, c)
+        known = self.features(picture, c)
         for coupling in self.couplings:
             h, change = coupling(h, known)
             log_det = log_det + change
         return h, log_det
 
     def inverse(self, h, picture, c, null, guidance=1.0):
-        known = self.known(picture, c)
-        known_null = self.known(picture, null) if guidance != 1 else None
+        known = self.features(picture, c)
+        known_null = self.features(picture, null) if guidance != 1 else None
         for coupling in reversed(self.couplings):
             h = coupling.inverse(h, known, known_null, guidance)
         return h * self.std + self.mean
 
 
 class Flow(nn.Module):
-    """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary. The
-    noise s and the numbers of couplings were found by trial."""
-    noise = 0.1
+    """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary."""
+    noise = 0.1  # s in (1)
 
     def __init__(self, shape, vocabulary, width=64):
         super().__init__()
@@ -230,8 +233,8 @@ class Flow(nn.Module):
         return [*parts, (h, h[:, :0])]  # the coarsest picture is given the text alone
 
     def fit(self, x):
-        """Takes what is needed for (3) and (7) from at most 4,096 of the training images, uint8
-        (N, C, S, S)."""
+        """Takes means and deviations, and how frequent pixel values are, from at most 4,096 of the
+        training images, uint8 (N, C, S, S)."""
         x = x[:: 1 + len(x) // 4096]
         count = torch.bincount(x.flatten(), minlength=256)
         self.log_share = torch.log((count + 1) / x.numel())
@@ -254,7 +257,7 @@ class Flow(nn.Module):
         return z, log_det
 
     def inverse(self, z, c, guidance=1.0):
-        """(5), and (6) for the coarsest picture: z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
+        """z (B, C, S, S), c (B, E) -> y (B, C, S, S), with guidance of the coarsest picture."""
         self.stacks.eval()  # with dropout it would be no inverse
         null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
         *parts, last = self.analyze(z.to(c.dtype))
@@ -274,37 +277,37 @@ class Flow(nn.Module):
     def loss(self, x, c):
         """-log2 p(y | c) per value, less that of the noise alone, and a quarter of -log2 P(k | y),
         for x (B, C, S, S) in [-1, 1] and c (B, E); and what is logged. The coarsest picture needs
-        most examples and costs least: details learn from each fourth image, (7) from four."""
+        most examples and costs least: details learn from each fourth image, m from four."""
         y = x + self.noise * torch.randn_like(x)                               # (1)
         nats = 0
         for stack, (h, picture) in zip(self.stacks, self.analyze(y)):
             n = 1 if stack is self.stacks[-1] else 4
             z, log_det = stack(h[::n], picture[::n], c[::n])
-            nats = nats - (prior.log_prob(z) + log_det).mean()                 # (2), (4)
+            nats = nats - (prior.log_prob(z) + log_det).mean()                 # (4)
         of_noise = 0.5 * math.log(2 * math.pi * math.e * self.noise**2)
-        bits = (nats / x[0].numel() - of_noise) / math.log(2)
+        loss = (nats / x[0].numel() - of_noise) / math.log(2)
         k = (127.5 * (x[:4] + 1)).round().long()
         log_p = self.pixel_logits(self.clean(y[:4])).log_softmax(-1)
         pixels = -log_p.gather(-1, k[..., None]).mean() / math.log(2)          # (7)
-        return bits + pixels / 4, {"loss": bits, "pixels": pixels}
+        return loss + pixels / 4, {"loss": loss, "pixels": pixels}
 
     def clean(self, y):
-        """m of (7): y (B, C, S, S) -> (B, C, S, S)."""
+        """m(y), without most of the noise: y (B, C, S, S) -> (B, C, S, S)."""
         return y + self.noise * self.denoise(y)
 
     def pixel_logits(self, m):
-        """log P(k | y) of (7) up to a constant in k: m of any shape -> (..., 256)."""
+        """log P(k | y) up to a constant in k, from m of any shape -> (..., 256)."""
         x = torch.linspace(-1, 1, 256, device=m.device)
         distance = (m[..., None] - x) / self.log_tau.exp()
-        return self.log_share - distance**2 / 2
+        return self.log_share - distance**2 / 2                                # (7)
 
     @torch.no_grad()
     def sample(self, z, c, guidance=2.0, temperature=0.9):
-        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], by (5), (6) and the likeliest k of
-        (7). A temperature under 1 keeps z near the middle. Both defaults were found by trial."""
+        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], the likeliest pixel values of y. A
+        temperature under 1 keeps z near the middle: less variety, fewer failures."""
         m = self.clean(self.inverse(temperature * z, c, guidance))
         levels = torch.linspace(-2, 2, 4001, device=m.device)
-        likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1            # a table of (7)
+        likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1  # as a table
         return likeliest[(1000 * m + 2000).long().clamp(0, 4000)]
 
     @torch.no_grad()
@@ -391,7 +394,7 @@ def train(args):
         # a batch: seeded at each update, so that a resumed run draws what a whole one draws
         torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # each tenth caption and word is hidden: guidance needs a model of the null text
+        # 1 in 10 captions and words is hidden: guidance needs a model of the null text
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = (update - 0.5) / args.train_steps
@@ -443,7 +446,7 @@ def sample(args):
     torch.manual_seed(args.seed)
     images = []
     for ids in tqdm(model.tokenize(captions).split(100), "drawing", leave=False):
-        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # in a shorter call the same z
+        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # z_i is the same for any n
         x = model.sample(z, model.embed(ids), args.guidance, args.temperature)
         images.append((127.5 * (x + 1)).round().byte())
     images = rearrange(torch.cat(images), "n c h w -> n h w c").cpu().numpy()
@@ -493,8 +496,8 @@ def main(argv=None):
     for name in ("train_steps", "batch_size", "lr", "checkpoint_every", "images", "temperature"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} takes a number over 0")
-    width = 8 if args.width is None else args.width
-    if width <= 0 or width % 8 or args.batch_size % RANKS:
+    bad_width = args.width is not None and args.width not in range(8, 2**16, 8)
+    if bad_width or args.batch_size % RANKS:
         parser.error("--width takes a multiple of 8, --batch-size one of the number of ranks")
     if args.images < len(args.caption or ()):
         parser.error("--images is to be at least the number of --caption")

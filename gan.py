@@ -9,12 +9,15 @@ gains little by drawing a few kinds of images well. D's loss is small when the r
 real, and has two penalties, which keep D from becoming steep:
   D's loss = softplus(D(x_hat, c) - D(x, c)) + gamma / 2 (R1 + R2)                             (2)
   G's loss = softplus(D(x, c) - D(x_hat, c))                                                   (3)
-  R1 = E |grad_x D(x, c)|^2 at real images, and R2 the same at generated ones                  (4)
+  R1 = |grad_x D(x, c)|^2, summed over a real image's values; R2 the same at x_hat             (4)
 With both penalties, training that is near the equilibrium converges to it (R3GAN, Huang et al.
 2024). At the equilibrium D is right as often as it is wrong: sign_rate, the share of pairs with
-D(x, c) > D(x_hat, c), is 1/2. --loss nonsaturating is the textbook's GAN (Goodfellow et al. 2014).
+D(x, c) > D(x_hat, c), is 1/2. --loss nonsaturating is the textbook's GAN (Goodfellow et al. 2014)
+with R1 alone.
 D sees x_hat clamped to the range of the images, as it is drawn. Where a value is out of that range,
 gradients that would push it further out are dropped.
+
+Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
   python gan.py --train              on 4,500 captioned digits; then draws runs/gan/samples.png
   python gan.py --sample --caption "bold slanted seven"
@@ -61,8 +64,8 @@ class Norm(nn.RMSNorm):
 
 
 class Block(nn.Module):
-    """A residual block. emb (B, E) scales and shifts the channels inside. The players of gan.py
-    have no norm: the penalties there already bound how steep the critic is."""
+    """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
+    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
@@ -89,7 +92,7 @@ def grid_widths(side, width):
 
 class Encoder(nn.Module):
     """Reads images (B, C, S, S) from the finest grid to the coarsest. Returns the coarsest h, and a
-    list of the finer ones. position tells places apart, which a convolution alone does not."""
+    list of the finer ones. position tells pixels apart, which a convolution alone does not."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -109,8 +112,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, S, S) from the coarsest grid h to the finest. diffusion.py adds an
-    encoder's skips to the finer grids; the other models have none."""
+    """Draws images (B, C, S, S) from the coarsest grid h to the finest. Diffusion models add an
+    encoder's skips to the finer grids; other models have none."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -141,14 +144,14 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). The order of words is read, since the vector
-    of each word is joined with that of its place. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
+    is added to that of each word. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
         self.ids = {word: i for i, word in enumerate(["", *vocabulary])}
         self.word = nn.Embedding(1 + len(vocabulary), dim)
-        self.place = nn.Embedding(64, dim)
+        self.place = nn.Embedding(64, dim)  # words_of gives no more
         self.read = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         layers = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.mlp = nn.Sequential(*layers)
@@ -170,7 +173,7 @@ class Text(nn.Module):
 
 
 class Critic(nn.Module):
-    """D of (1) for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
+    """D for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
     text's vector (Miyato & Koyama 2018). The larger scale is, the faster D learns. Found by trial:
     16 in gan.py and diffusion-gan, 1 in vae-gan and flow-gan, where another loss teaches more."""
 
@@ -188,7 +191,7 @@ class Critic(nn.Module):
 
 class GAN(nn.Module):
     """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary. A
-    GAN's latents cost nothing, so there are more than in vae.py; 64 were found by trial."""
+    GAN's latents cost nothing, so there are more than in vae.py."""
 
     def __init__(self, shape, vocabulary, width=64, latent=64):
         super().__init__()
@@ -204,7 +207,7 @@ class GAN(nn.Module):
         self.decoder = Decoder(shape, width, dim, norm=False)
 
     def decode(self, z, c):
-        """G of (1): z (B, D), c (B, E) -> images (B, C, S, S), not bounded."""
+        """G of (1): z (B, n), c (B, E) -> images (B, C, S, S), not bounded."""
         emb = c + self.style(z.to(c.dtype))
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
@@ -217,7 +220,7 @@ class GAN(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, c):
-        """z ~ N(0, I) (B, D), c (B, E) -> x in [-1, 1] (B, C, S, S), in one step."""
+        """z ~ N(0, I) (B, n), c (B, E) -> x in [-1, 1] (B, C, S, S), in one step."""
         return self.decode(z, c).clamp(-1, 1)
 
 
@@ -238,9 +241,9 @@ def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.
         gap = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     # G's loss is softplus(gap), which falls as D(fake) rises. By the chain rule its gradient for
-    # the fakes is -sigmoid(gap) times D's slope there, which R2 has needed already. The product of
-    # that gradient, held fixed, and fake has it. Of fake and drawn, the smaller product is fake's
-    # unless the slope leads a value out of range: drawn's has no gradient there.
+    # the fakes is -sigmoid(gap) times D's slope there, and the slope is known from the penalties.
+    # So the slope, held fixed, times fake has that gradient. Where a value is out of range, the
+    # minimum is fake's if the slope points back in, else drawn's, whose gradient is 0.
     _, slope = slope.detach().chunk(2)
     rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))
     loss = loss_d - weight * gap.sigmoid().detach() * rise                     # (3)
@@ -329,7 +332,7 @@ def train(args):
         # a batch: seeded at each update, so that a resumed run draws what a whole one draws
         torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # some captions and words are hidden, so that parts of a caption mean something, too
+        # 3 in 100 captions and words is hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.03
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = (update - 0.5) / args.train_steps
@@ -382,7 +385,7 @@ def sample(args):
     torch.manual_seed(args.seed)
     images = []
     for ids in tqdm(model.tokenize(captions).split(100), "drawing", leave=False):
-        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # in a shorter call the same z
+        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # z_i is the same for any n
         x = model.sample(z, model.embed(ids))
         images.append((127.5 * (x + 1)).round().byte())
     images = rearrange(torch.cat(images), "n c h w -> n h w c").cpu().numpy()
@@ -432,8 +435,8 @@ def main(argv=None):
     for name in ("train_steps", "batch_size", "lr", "checkpoint_every", "images"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} takes a number over 0")
-    width = 8 if args.width is None else args.width
-    if width <= 0 or width % 8 or args.batch_size % RANKS:
+    bad_width = args.width is not None and args.width not in range(8, 2**16, 8)
+    if bad_width or args.batch_size % RANKS:
         parser.error("--width takes a multiple of 8, --batch-size one of the number of ranks")
     if args.images < len(args.caption or ()):
         parser.error("--images is to be at least the number of --caption")

@@ -1,9 +1,9 @@
 """Hybrids: a critic joins a VAE, a flow or a diffusion model, in one loop for all three.
 
-  x, text -> the model's own way -> x_hat;   x or x_hat, text -> D -> how real it looks
+  z or x, text -> the model's own way -> x_hat;   x or x_hat, text -> D -> how real it looks
 
-D learns as in gan.py. To the model's own loss L, per value, that of a generator is added with a
-weight w; c is the text's vector, R1 and R2 are the penalties of gan.py (4):
+D learns as in gan.py. The model's loss is its own, L, per value, plus w times that of a generator;
+c is the text's vector, R1 and R2 are the penalties of gan.py (4):
   D's loss = softplus(D(x_hat, c) - D(x, c)) + gamma / 2 (R1 + R2)                             (1)
   the model's loss = L + w softplus(D(x, c) - D(x_hat, c))                                     (2)
 
@@ -11,23 +11,24 @@ vae-gan (Larsen et al. 2016). A VAE averages what z leaves open, and so blurs. H
 x' of x is compared with x by phi, D's coarsest grid, where blur shows, and only a tenth as much
 pixel by pixel. D compares x with x_hat, drawn from z ~ N(0, I). |.| is the root mean square over
 the batch (each rank's, of several); its log2 is, up to a constant, the bits per value of a normal
-of the best variance (Rybkin et al. 2021). beta falls as in vae.py (4), but to 16, and w = 1:
+of the best variance (Rybkin et al. 2021). beta falls as in vae.py (4), but to 16; w = 1:
   L = log2 |phi(x) - phi(x')| + log2 |x - x'| / 10 + beta KL,   beta = 100 * 0.16^progress     (3)
 
 flow-gan (Grover et al. 2018). A flow of high likelihood may still draw what looks wrong. The flow
-of flow.py learns alone in the first 60% of the updates. Then D compares, for each eighth image, the
-noisy image y with a guided draw of the flow, both before their noise is removed. L includes what
-flow.py's (7) needs. w = 0.01 was found by trial: more harms the likelihood.
-  L = -log p(y | c)                                                                            (4)
+of flow.py learns alone in the first 60% of the updates. Then D compares, for each eighth image, x
+with fresh noise and a draw of the flow before its noise is removed, both clamped to [-2, 2]; the
+draw has guidance 2 and temperature 0.9, as samples have. w = 0.01: more harms the likelihood.
+  L = the loss of flow.py, which is -log2 p(y | c) and what its (7) needs                      (4)
 
 diffusion-gan (Xiao et al. 2022). A diffusion model in four steps, at t = 2 k / (k + 4) for k = 4,
-3, 2, 1. What so long a step leads to is not normal: a generator draws x' = G(x_t, t, z, c) with a z
-of its own, and from x_t and x' the next image x_s, at time s, is drawn by q, the posterior of x_s:
+3, 2, 1. Over so long a step x_s, the next image, is not Gaussian given x_t: a generator draws x' =
+G(x_t, t, z, c) with a z of its own, and from x_t and x' the exact posterior q gives x_s, at time s:
   q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) b x) / t^2, b s^2 / t^2),
     a = (1 - t) / (1 - s),   b = t^2 - (a s)^2                                                 (5)
-D sees x_t beside x_s: for x one drawn from x itself, for x_hat one drawn from x', with the same
-noise. L keeps the two close (Xu et al. 2024); w = 1, and gamma is 0.05, as D sees noisy images:
+D sees x_t and x_s, stacked as channels. A real x_s is drawn from x, a fake one from x', with one
+eps. L keeps the two close (Xu et al. 2024), as a mean over values; w = 1:
   L = 20 |x_s from x' - x_s from x|^2                                                          (6)
+Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
   python hybrids.py --train --model vae-gan       or flow-gan, diffusion-gan; draws samples.png
   python hybrids.py --sample --model flow-gan --caption "bold slanted seven"
@@ -73,8 +74,8 @@ class Norm(nn.RMSNorm):
 
 
 class Block(nn.Module):
-    """A residual block. emb (B, E) scales and shifts the channels inside. The players of gan.py
-    have no norm: the penalties there already bound how steep the critic is."""
+    """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
+    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
@@ -101,7 +102,7 @@ def grid_widths(side, width):
 
 class Encoder(nn.Module):
     """Reads images (B, C, S, S) from the finest grid to the coarsest. Returns the coarsest h, and a
-    list of the finer ones. position tells places apart, which a convolution alone does not."""
+    list of the finer ones. position tells pixels apart, which a convolution alone does not."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -121,8 +122,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, S, S) from the coarsest grid h to the finest. diffusion.py adds an
-    encoder's skips to the finer grids; the other models have none."""
+    """Draws images (B, C, S, S) from the coarsest grid h to the finest. Diffusion models add an
+    encoder's skips to the finer grids; other models have none."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -153,14 +154,14 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). The order of words is read, since the vector
-    of each word is joined with that of its place. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
+    is added to that of each word. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
         self.ids = {word: i for i, word in enumerate(["", *vocabulary])}
         self.word = nn.Embedding(1 + len(vocabulary), dim)
-        self.place = nn.Embedding(64, dim)
+        self.place = nn.Embedding(64, dim)  # words_of gives no more
         self.read = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         layers = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.mlp = nn.Sequential(*layers)
@@ -182,7 +183,7 @@ class Text(nn.Module):
 
 
 class Critic(nn.Module):
-    """D of (1) for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
+    """D for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
     text's vector (Miyato & Koyama 2018). The larger scale is, the faster D learns. Found by trial:
     16 in gan.py and diffusion-gan, 1 in vae-gan and flow-gan, where another loss teaches more."""
 
@@ -215,9 +216,9 @@ def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.
         gap = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     # G's loss is softplus(gap), which falls as D(fake) rises. By the chain rule its gradient for
-    # the fakes is -sigmoid(gap) times D's slope there, which R2 has needed already. The product of
-    # that gradient, held fixed, and fake has it. Of fake and drawn, the smaller product is fake's
-    # unless the slope leads a value out of range: drawn's has no gradient there.
+    # the fakes is -sigmoid(gap) times D's slope there, and the slope is known from the penalties.
+    # So the slope, held fixed, times fake has that gradient. Where a value is out of range, the
+    # minimum is fake's if the slope points back in, else drawn's, whose gradient is 0.
     _, slope = slope.detach().chunk(2)
     rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))
     loss = loss_d - weight * gap.sigmoid().detach() * rise                     # gan.py (3)
@@ -231,22 +232,22 @@ def split(y):
     (B, C, S/2, S/2), twice the mean of each 2 x 2 places, and its details (B, 3 C, S/2, S/2)."""
     a, b, c, d = rearrange(y, "b c (h i) (w j) -> (i j) b c h w", i=2, j=2)
     top, bottom = a + b, c + d
-    x, y = a - b, c - d
-    details = torch.cat([x + y, top - bottom, x - y], 1)
+    across, below = a - b, c - d
+    details = torch.cat([across + below, top - bottom, across - below], 1)
     return (top + bottom) / 2, details / 2
 
 
 def merge(coarse, details):
     """The inverse of split."""
-    x, y, xy = details.chunk(3, 1)
-    top, bottom = coarse + y, coarse - y
-    left, right = x + xy, x - xy
-    places = torch.stack([top + left, top - left, bottom + right, bottom - right]) / 2
+    horizontal, vertical, diagonal = details.chunk(3, 1)
+    top, bottom = coarse + vertical, coarse - vertical
+    across, below = horizontal + diagonal, horizontal - diagonal
+    places = torch.stack([top + across, top - across, bottom + below, bottom - below]) / 2
     return rearrange(places, "(i j) b c h w -> b c (h i) (w j)", i=2)
 
 
 def network(channels, width, out, kernels, dropout=0.0):
-    """Three convolutions of (B, channels, s, s) to (B, out, s, s)."""
+    """Three convolutions of (B, channels, H, W) to (B, out, H, W)."""
     layers, sizes = [], (channels, width, width, out)
     for (a, b), k in zip(pairwise(sizes), kernels):
         conv = nn.Conv2d(a, b, k, padding=k // 2)
@@ -255,7 +256,7 @@ def network(channels, width, out, kernels, dropout=0.0):
 
 
 class Coupling(nn.Module):
-    """Changes some channels of h (B, n, s, s), given others and what is known (B, m, s, s)."""
+    """Changes some channels of h (B, n, H, W), given others and what is known (B, m, H, W)."""
 
     def __init__(self, given, changed, known, width, kernel):
         super().__init__()
@@ -268,9 +269,9 @@ class Coupling(nn.Module):
         nn.init.zeros_(self.net[-1].bias)
 
     def affine(self, h, known):
-        """shift and r of (3), (B, n, s, s) each; tanh keeps r between -2 and 2."""
-        given = torch.cat([h[:, self.given], known], 1)
-        shift, r = self.net(given).chunk(2, 1)
+        """shift and r, each like the channels that change; tanh keeps r between -2 and 2."""
+        seen = torch.cat([h[:, self.given], known], 1)
+        shift, r = self.net(seen).chunk(2, 1)
         return shift, 2 * torch.tanh(r / 2)
 
     def forward(self, h, known):
@@ -291,45 +292,45 @@ class Coupling(nn.Module):
 
 
 class Stack(nn.Module):
-    """One factor of (2): given a picture (B, C, s, s) and a text's c (B, E), h (B, n, s, s) is made
-    standard normal."""
+    """One factor of the density: given a picture (B, C, H, W) and a text's c (B, E), h (B, n, H, W)
+    becomes standard normal."""
 
     def __init__(self, n, channels, dim, width, kernel, couplings):
         super().__init__()
         self.register_buffer("mean", torch.zeros(n, 1, 1))
         self.register_buffer("std", torch.ones(()))
-        known = min(width, dim)
-        self.read = network(channels + dim, width, known, (kernel, kernel, kernel))
+        size = min(width, dim)
+        self.read = network(channels + dim, width, size, (kernel, kernel, kernel))
         halves = [torch.randperm(n).chunk(2) for _ in range(couplings)]
         halves.append((torch.arange(0), torch.arange(n)))  # all of h, given picture and text alone
-        every = [Coupling(*half, known, width, kernel) for half in halves]
+        every = [Coupling(*half, size, width, kernel) for half in halves]
         self.couplings = nn.ModuleList(every)
 
-    def known(self, picture, c):
+    def features(self, picture, c):
+        """What the couplings are given of the picture and of the text."""
         text = c[:, :, None, None].expand(-1, -1, *picture.shape[2:])
-        return self.read(torch.cat([picture, text], 1))                        # (B, known, s, s)
+        return self.read(torch.cat([picture, text], 1))                        # (B, size, H, W)
 
     def forward(self, h, picture, c):
         h = (h - self.mean) / self.std
         log_det = -self.std.log() * h[0].numel()
-        known = self.known(picture, c)
+        known = self.features(picture, c)
         for coupling in self.couplings:
             h, change = coupling(h, known)
             log_det = log_det + change
         return h, log_det
 
     def inverse(self, h, picture, c, null, guidance=1.0):
-        known = self.known(picture, c)
-        known_null = self.known(picture, null) if guidance != 1 else None
+        known = self.features(picture, c)
+        known_null = self.features(picture, null) if guidance != 1 else None
         for coupling in reversed(self.couplings):
             h = coupling.inverse(h, known, known_null, guidance)
         return h * self.std + self.mean
 
 
 class Flow(nn.Module):
-    """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary. The
-    noise s and the numbers of couplings were found by trial."""
-    noise = 0.1
+    """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary."""
+    noise = 0.1  # s in flow.py (1)
 
     def __init__(self, shape, vocabulary, width=64):
         super().__init__()
@@ -360,8 +361,8 @@ class Flow(nn.Module):
         return [*parts, (h, h[:, :0])]  # the coarsest picture is given the text alone
 
     def fit(self, x):
-        """Takes what is needed for (3) and (7) from at most 4,096 of the training images, uint8
-        (N, C, S, S)."""
+        """Takes means and deviations, and how frequent pixel values are, from at most 4,096 of the
+        training images, uint8 (N, C, S, S)."""
         x = x[:: 1 + len(x) // 4096]
         count = torch.bincount(x.flatten(), minlength=256)
         self.log_share = torch.log((count + 1) / x.numel())
@@ -384,7 +385,7 @@ class Flow(nn.Module):
         return z, log_det
 
     def inverse(self, z, c, guidance=1.0):
-        """(5), and (6) for the coarsest picture: z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
+        """z (B, C, S, S), c (B, E) -> y (B, C, S, S), with guidance of the coarsest picture."""
         self.stacks.eval()  # with dropout it would be no inverse
         null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
         *parts, last = self.analyze(z.to(c.dtype))
@@ -404,37 +405,37 @@ class Flow(nn.Module):
     def loss(self, x, c):
         """-log2 p(y | c) per value, less that of the noise alone, and a quarter of -log2 P(k | y),
         for x (B, C, S, S) in [-1, 1] and c (B, E); and what is logged. The coarsest picture needs
-        most examples and costs least: details learn from each fourth image, (7) from four."""
+        most examples and costs least: details learn from each fourth image, m from four."""
         y = x + self.noise * torch.randn_like(x)                               # flow.py (1)
         nats = 0
         for stack, (h, picture) in zip(self.stacks, self.analyze(y)):
             n = 1 if stack is self.stacks[-1] else 4
             z, log_det = stack(h[::n], picture[::n], c[::n])
-            nats = nats - (prior.log_prob(z) + log_det).mean()                 # flow.py (2), (4)
+            nats = nats - (prior.log_prob(z) + log_det).mean()                 # flow.py (4)
         of_noise = 0.5 * math.log(2 * math.pi * math.e * self.noise**2)
-        bits = (nats / x[0].numel() - of_noise) / math.log(2)
+        loss = (nats / x[0].numel() - of_noise) / math.log(2)
         k = (127.5 * (x[:4] + 1)).round().long()
         log_p = self.pixel_logits(self.clean(y[:4])).log_softmax(-1)
         pixels = -log_p.gather(-1, k[..., None]).mean() / math.log(2)          # flow.py (7)
-        return bits + pixels / 4, {"loss": bits, "pixels": pixels}
+        return loss + pixels / 4, {"loss": loss, "pixels": pixels}
 
     def clean(self, y):
-        """m of (7): y (B, C, S, S) -> (B, C, S, S)."""
+        """m(y), without most of the noise: y (B, C, S, S) -> (B, C, S, S)."""
         return y + self.noise * self.denoise(y)
 
     def pixel_logits(self, m):
-        """log P(k | y) of (7) up to a constant in k: m of any shape -> (..., 256)."""
+        """log P(k | y) up to a constant in k, from m of any shape -> (..., 256)."""
         x = torch.linspace(-1, 1, 256, device=m.device)
         distance = (m[..., None] - x) / self.log_tau.exp()
-        return self.log_share - distance**2 / 2
+        return self.log_share - distance**2 / 2                                # flow.py (7)
 
     @torch.no_grad()
     def sample(self, z, c, guidance=2.0, temperature=0.9):
-        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], by (5), (6) and the likeliest k of
-        (7). A temperature under 1 keeps z near the middle. Both defaults were found by trial."""
+        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], the likeliest pixel values of y. A
+        temperature under 1 keeps z near the middle: less variety, fewer failures."""
         m = self.clean(self.inverse(temperature * z, c, guidance))
         levels = torch.linspace(-2, 2, 4001, device=m.device)
-        likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1            # a table of (7)
+        likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1  # as a table
         return likeliest[(1000 * m + 2000).long().clamp(0, 4000)]
 
     @torch.no_grad()
@@ -464,18 +465,18 @@ class VAEGAN(nn.Module):
         self.critic = Critic(shape, width, dim)
 
     def infer(self, x, c):
-        """x (B, C, S, S) in [-1, 1], c (B, E) -> mu and log sigma^2 of z, (B, D) each."""
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> mu and log sigma^2 of z, (B, n) each."""
         h, _ = self.encoder(x, c)
         return self.posterior(h.flatten(1)).chunk(2, 1)
 
     def decode(self, z, c):
-        """z (B, D), c (B, E) -> images (B, C, S, S), not bounded."""
+        """z (B, n), c (B, E) -> images (B, C, S, S), not bounded."""
         emb = c + self.style(z.to(c.dtype))
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
     def loss(self, x, c, progress=1.0, gamma=1.0, weight=1.0):
-        """For x (B, C, S, S) in [-1, 1], c (B, E) and the share of training done: duel's number and
-        L added. By its gradient D learns (1), the model (2) with (3), the text L and (1)."""
+        """A number and a log, for x (B, C, S, S) in [-1, 1], c (B, E) and the share of training
+        done. By its gradient D learns (1), the model (2) with (3), and the text L and (1)."""
         mu, log_var = self.infer(x, c)
         decoded = self.decode(prior.reparameterize(mu, log_var), c)
         text = c.detach()
@@ -484,9 +485,9 @@ class VAEGAN(nn.Module):
         phi_image, _ = self.critic.encoder(image, text)
         distance = F.mse_loss(phi_image, phi_x).log2() / 2
         (slope,) = torch.autograd.grad(distance, image)  # none for the critic's weights
-        likeness = (slope * decoded).sum() + F.mse_loss(decoded, x).log2() / 20
-        bits = x[0].numel() * math.log(2)
-        kl = prior.kl(mu, log_var).sum(1).mean() / bits
+        likeness = (slope * decoded).sum()  # has the gradient of distance for the decoder
+        likeness = likeness + F.mse_loss(decoded, x).log2() / 20
+        kl = prior.kl(mu, log_var).sum(1).mean() / (x[0].numel() * math.log(2))
         beta = 100 * 0.16**progress
         fake = self.decode(torch.randn_like(mu), text)
         loss, log = duel(self.critic, x, fake, c, gamma, weight)
@@ -494,13 +495,13 @@ class VAEGAN(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, c, temperature=0.8):
-        """z ~ N(0, I) (B, D), c (B, E) -> x in [-1, 1] (B, C, S, S). A temperature under 1 keeps z
-        near the middle: less variety, more of what was asked; 0.8 was found by trial."""
+        """z ~ N(0, I) (B, n), c (B, E) -> x in [-1, 1] (B, C, S, S). A temperature under 1 keeps z
+        near the middle: less variety, more of what was asked."""
         return self.decode(temperature * z, c).clamp(-1, 1)
 
     @torch.no_grad()
     def encode(self, x, c):
-        """x (B, C, S, S) in [-1, 1], c (B, E) -> z (B, D), the mean mu."""
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> z (B, n), the mean mu."""
         return self.infer(x, c)[0]
 
 
@@ -563,7 +564,7 @@ class DiffusionGAN(nn.Module):
         return mean + b.sqrt() * s / t * eps
 
     def loss(self, x, c, progress=1.0, gamma=0.05, weight=1.0):
-        """As VAEGAN's, with (6), but the text gets the gradient of (1) and of all of (2)."""
+        """As VAEGAN's, with (6), but c is not detached: (1) and all of (2) train the text."""
         k = 1 + torch.randint(self.steps, (len(x),), device=x.device)
         t = self.times[k]
         x_t = (1 - t) * x + t * torch.randn_like(x)
@@ -577,14 +578,14 @@ class DiffusionGAN(nn.Module):
             return self.critic(torch.cat([images, beside], 1), text)
 
         text = c + self.critic_time(k)
-        bound = 1 + 9 * self.times[k - 1]  # that of images at s = 0, far from all values before
+        bound = 1 + 9 * self.times[k - 1]  # 1 at s = 0, an image; else too wide to matter
         loss, log = duel(critic, real, fake, text, gamma, weight, bound=bound)
         return loss + own, log | {"own": own}
 
     @torch.no_grad()
     def sample(self, z, c, temperature=0.9):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1]. temperature scales the noise of the
-        steps; 0.9 was found by trial."""
+        steps."""
         for k in torch.arange(self.steps, 0, -1, device=z.device).split(1):
             x = self.denoise(z, k, c)
             z = self.step(x, z, k, temperature * torch.randn_like(z))
@@ -733,7 +734,7 @@ def sample(args):
     torch.manual_seed(args.seed)
     images = []
     for ids in tqdm(model.tokenize(captions).split(100), "drawing", leave=False):
-        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # in a shorter call the same z
+        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # z_i is the same for any n
         x = model.sample(z, model.embed(ids))
         images.append((127.5 * (x + 1)).round().byte())
     images = rearrange(torch.cat(images), "n c h w -> n h w c").cpu().numpy()
@@ -788,8 +789,8 @@ def main(argv=None):
     for name in ("train_steps", "batch_size", "lr", "checkpoint_every", "images"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} takes a number over 0")
-    width = 8 if args.width is None else args.width
-    if width <= 0 or width % 8 or args.batch_size % RANKS:
+    bad_width = args.width is not None and args.width not in range(8, 2**16, 8)
+    if bad_width or args.batch_size % RANKS:
         parser.error("--width takes a multiple of 8, --batch-size one of the number of ranks")
     if args.images < len(args.caption or ()):
         parser.error("--images is to be at least the number of --caption")

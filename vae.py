@@ -21,6 +21,8 @@ warm-up, beta from 0 to 1, lets z learn what the text says, and the text is igno
 To sample, z is drawn from N(0, I), and l is shown. It is blurred, as it is an average of the images
 that z leaves open; the noise of (2) about l, of which the likelihood speaks, is not shown.
 
+Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
+
   python vae.py --train              on 4,500 captioned digits; then draws runs/vae/samples.png
   python vae.py --sample --caption "bold slanted seven"
   python vae.py --train --resume     goes on from the last checkpoint
@@ -66,8 +68,8 @@ class Norm(nn.RMSNorm):
 
 
 class Block(nn.Module):
-    """A residual block. emb (B, E) scales and shifts the channels inside. The players of gan.py
-    have no norm: the penalties there already bound how steep the critic is."""
+    """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
+    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
@@ -94,7 +96,7 @@ def grid_widths(side, width):
 
 class Encoder(nn.Module):
     """Reads images (B, C, S, S) from the finest grid to the coarsest. Returns the coarsest h, and a
-    list of the finer ones. position tells places apart, which a convolution alone does not."""
+    list of the finer ones. position tells pixels apart, which a convolution alone does not."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -114,8 +116,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, S, S) from the coarsest grid h to the finest. diffusion.py adds an
-    encoder's skips to the finer grids; the other models have none."""
+    """Draws images (B, C, S, S) from the coarsest grid h to the finest. Diffusion models add an
+    encoder's skips to the finer grids; other models have none."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -146,14 +148,14 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). The order of words is read, since the vector
-    of each word is joined with that of its place. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
+    is added to that of each word. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
         self.ids = {word: i for i, word in enumerate(["", *vocabulary])}
         self.word = nn.Embedding(1 + len(vocabulary), dim)
-        self.place = nn.Embedding(64, dim)
+        self.place = nn.Embedding(64, dim)  # words_of gives no more
         self.read = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         layers = nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.mlp = nn.Sequential(*layers)
@@ -176,7 +178,7 @@ class Text(nn.Module):
 
 class VAE(nn.Module):
     """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary.
-    Of few latents each means something; twelve were found by trial."""
+    With few latents, each of them means something."""
 
     def __init__(self, shape, vocabulary, width=64, latent=12):
         super().__init__()
@@ -194,12 +196,12 @@ class VAE(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-2.0))  # log s
 
     def infer(self, x, c):
-        """x (B, C, S, S) in [-1, 1], c (B, E) -> mu and log sigma^2 of (1), (B, D) each."""
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> mu and log sigma^2 of (1), (B, n) each."""
         h, _ = self.encoder(x, c)
         return self.posterior(h.flatten(1)).float().chunk(2, 1)
 
     def decode(self, z, c):
-        """z (B, D), c (B, E) -> the locations l in (2), (B, C, S, S)."""
+        """z (B, n), c (B, E) -> the locations l in (2), (B, C, S, S)."""
         emb = c + self.style(z.to(c.dtype))
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
@@ -217,12 +219,12 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, c):
-        """z ~ N(0, I) (B, D), c (B, E) -> x in [-1, 1] (B, C, S, S)."""
+        """z ~ N(0, I) (B, n), c (B, E) -> x in [-1, 1] (B, C, S, S)."""
         return self.decode(z, c).clamp(-1, 1)
 
     @torch.no_grad()
     def encode(self, x, c):
-        """x (B, C, S, S) in [-1, 1], c (B, E) -> z (B, D), the mean of (1)."""
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> z (B, n), the mean of (1)."""
         return self.infer(x, c)[0]
 
 
@@ -313,13 +315,13 @@ def train(args):
         # a batch: seeded at each update, so that a resumed run draws what a whole one draws
         torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # some captions and words are hidden, so that parts of a caption mean something, too
+        # 1 in 100 captions and words is hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.01
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = (update - 0.5) / args.train_steps
         beta = 100 ** (1 - progress)  # of (4)
 
-        # a step: the learning rate rises in the first twentieth of the updates, then falls to 0
+        # a step; the learning rate rises in the first twentieth of the updates, then falls to 0
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             loss, log = model.loss(x[i] / 127.5 - 1, model.embed(words), beta)
         optimizer.zero_grad()
@@ -367,7 +369,7 @@ def sample(args):
     torch.manual_seed(args.seed)
     images = []
     for ids in tqdm(model.tokenize(captions).split(100), "drawing", leave=False):
-        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # in a shorter call the same z
+        z = prior.sample(100, *model.latent_shape)[: len(ids)]  # z_i is the same for any n
         x = model.sample(z, model.embed(ids))
         images.append((127.5 * (x + 1)).round().byte())
     images = rearrange(torch.cat(images), "n c h w -> n h w c").cpu().numpy()
@@ -415,8 +417,8 @@ def main(argv=None):
     for name in ("train_steps", "batch_size", "lr", "checkpoint_every", "images"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} takes a number over 0")
-    width = 8 if args.width is None else args.width
-    if width <= 0 or width % 8 or args.batch_size % RANKS:
+    bad_width = args.width is not None and args.width not in range(8, 2**16, 8)
+    if bad_width or args.batch_size % RANKS:
         parser.error("--width takes a multiple of 8, --batch-size one of the number of ranks")
     if args.images < len(args.caption or ()):
         parser.error("--images is to be at least the number of --caption")

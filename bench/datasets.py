@@ -88,7 +88,8 @@ def bound(n=20_000):
     seen = np.flatnonzero(~np.isin(y, left_out()))[:n]
     x_test, y_test = triples(*held_out(), 20_000, 1)
     unseen = np.flatnonzero(np.isin(y_test, left_out()))[:1000]
-    return {"x": x[seen], "y": y[seen], "x_test": x_test[unseen], "y_test": y_test[unseen]}
+    train = {"x": x[seen], "y": y[seen]}
+    return train | {"x_test": x_test[unseen], "y_test": y_test[unseen]}
 
 
 def unseen():

@@ -105,7 +105,7 @@ def settings(name, steps=(1, 2, 4, 10)):
     if options(name) != options(name) | plain(name):
         ways[f"{name}, {next(iter(plain(name)))} 1"] = plain(name)
     for n in steps if "steps" in options(name) else ():
-        sampler = "ddim" if n <= 2 else "dpm"  # of one or two steps dpm is ddim
+        sampler = "ddim" if n <= 3 else "dpm"  # of up to three steps dpm is ddim
         few = {"sampler": sampler} if "sampler" in options(name) else {}
         if n != options(name)["steps"]:
             label = name, *few.values(), f"{n} step{'s' * (n > 1)}"

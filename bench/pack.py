@@ -162,13 +162,14 @@ def pack_folder(folder, size):
     grey = all(image.mode == "L" for images, _, _ in packed.values() for image in images)
     arrays = {}
     for part, (images, captions, _) in packed.items():
-        arrays["x" + part] = np.stack([image.convert("L" if grey else "RGB") for image in images])
+        mode = "L" if grey else "RGB"
+        arrays["x" + part] = np.stack([image.convert(mode) for image in images])
         arrays["y" + part] = np.array(captions)
     without = sum((arrays["y" + part] == "").sum() for part in packed)
     if without:
         print(f"{without} of {n} images have no caption")
-    flat = [x.reshape(len(x), -1).astype(int) for name, x in arrays.items() if name[0] == "x"]
-    faint = sum((np.ptp(x, 1) < 8).sum() for x in flat)
+    flat = [arrays["x" + part].reshape(len(arrays["y" + part]), -1) for part in packed]
+    faint = sum((x.max(1) - x.min(1) < 8).sum() for x in flat)
     if faint:
         print(f"warning: {faint} images are of nearly one value throughout: are they masks?")
     return arrays

@@ -9,14 +9,19 @@ from matplotlib.figure import Figure
 from bench.models import MODELS
 
 
+def show(axes, image):
+    """Draws an image (H, W, C) in [-1, 1]."""
+    image = image.cpu().float().clamp(-1, 1)
+    axes.imshow((image.numpy() + 1) / 2, "gray", vmin=0, vmax=1)
+
+
 def picture(path, rows):
     """Writes a picture of rows: (title, images (N, C, H, W) in [-1, 1]) each."""
     n = max(len(images) for _, images in rows)
     figure = Figure(figsize=(n, 1.25 * len(rows)), layout="constrained")
     every = figure.subplots(len(rows), squeeze=False).flat
     for axes, (title, images) in zip(every, rows):
-        strip = rearrange(images.cpu().float(), "n c h w -> h (n w) c")
-        axes.imshow((strip.clamp(-1, 1).numpy() + 1) / 2, "gray", vmin=0, vmax=1)
+        show(axes, rearrange(images, "n c h w -> h (n w) c"))
         axes.set_title(title, fontsize=9, loc="left")
         axes.axis("off")
     figure.savefig(path, dpi=80)
@@ -31,8 +36,8 @@ def samples_picture(path, captions, rows):
     grid = figure.subplots(len(rows), len(captions), squeeze=False)
     for line, (name, images) in zip(grid, rows):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-        for axes, image in zip(line, rearrange(images.cpu().float(), "n c h w -> n h w c")):
-            axes.imshow((image.clamp(-1, 1).numpy() + 1) / 2, "gray", vmin=0, vmax=1)
+        for axes, image in zip(line, rearrange(images, "n c h w -> n h w c")):
+            show(axes, image)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     for axes, caption in zip(grid[0], captions):
@@ -49,8 +54,10 @@ def quality_against_speed(path, rows, rate):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     curve = [point for name, point in points.items() if name.startswith("diffusion, dpm")]
-    axes.plot(*np.array(sorted(curve)).reshape(-1, 2).T, color="tab:gray", zorder=1)
-    for i, (name, point) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+    curve = np.array(sorted(curve)).reshape(-1, 2)
+    axes.plot(*curve.T, color="tab:gray", zorder=1)
+    for i, name in enumerate(sorted(points, key=points.get)):
+        point = points[name]
         axes.scatter(*point, color="tab:blue" if name in MODELS else "tab:gray", s=12)
         if name in MODELS:  # other ways to sample are grey and are in the table
             style = {"xytext": (0, 14 if i % 2 else -20), "textcoords": "offset points"}

@@ -115,7 +115,8 @@ class Judge:
         self.features = self.reader.features(self.x)
         self.sharpness = sharpness(self.x)
         some = self.random(5000)
-        self.diversity = diversity(self.features[some], [self.captions[i] for i in some])
+        captions = [self.captions[i] for i in some]
+        self.diversity = diversity(self.features[some], captions)
         search = NearestNeighbors(n_neighbors=1, algorithm="brute")
         self.nearest = search.fit(self.x.flatten(1).numpy() / 255)
         self.held_out = self.distance(self.x_test)
@@ -134,7 +135,8 @@ class Judge:
         """The share of images of which all is as asked, and the share for each attribute."""
         read = self.reader.read(x, features, captions)
         asked = {name: right for name, right in read.items() if not right.isnan().all()}
-        wrong = torch.stack([right == 0 for right in asked.values()]) if asked else torch.zeros(1)
+        wrong = [right == 0 for right in asked.values()] or [torch.zeros(1) > 0]
+        wrong = torch.stack(wrong)
         whole = 1 - wrong.any(0).float().mean().item()
         return whole, {name: right.nanmean().item() for name, right in asked.items()}
 

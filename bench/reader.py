@@ -80,11 +80,13 @@ def train_matcher(x, captions, steps, batch_size):
     """A Matcher of images x, uint8 (N, C, H, W), and their captions, by InfoNCE both ways; images
     are moved by up to two pixels, and a tenth of the words is hidden."""
     torch.manual_seed(0)
-    matcher = Matcher(x.shape[1:], sorted(set().union(*map(words_of, captions))))
+    vocabulary = sorted(set().union(*map(words_of, captions)))
+    matcher = Matcher(x.shape[1:], vocabulary)
     ids = matcher.text.tokenize(captions)
     optimizer = torch.optim.AdamW(matcher.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    padded, size, own = F.pad(x, (2, 2, 2, 2), value=255), x.shape[2], torch.arange(batch_size)
+    padded = F.pad(x, (2, 2, 2, 2), value=255)
+    size, own = x.shape[2], torch.arange(batch_size)
     for _ in range(steps):
         i = torch.randint(len(x), (batch_size,))
         down, right = torch.randint(5, (2,)).tolist()

@@ -109,7 +109,8 @@ class TestFigures:
         assert asked["digit"].all() and asked["weight"].isnan().all()
 
     def test_the_judge_reads_real_images_and_baselines_fail_where_they_should(self, judge):
-        real, replay, one = [judge.measure(*given) for given in judge.baselines(20).values()]
+        given = judge.baselines(20).values()
+        real, replay, one = [judge.measure(*images) for images in given]
         assert list(real["agreement"].values()) == [1.0, 1.0] and real["obeyed"] == 1
         assert min(real["shuffled"].values()) < 0.9
         assert real["obeyed_by_chance"] <= min(real["shuffled"].values())
@@ -121,7 +122,9 @@ class TestFigures:
 
     def test_obeyed_is_the_share_of_images_of_which_all_is_right(self, judge, monkeypatch):
         nan = torch.nan
-        read = {"a": torch.tensor([1.0, 1, 0, nan]), "b": torch.tensor([1.0, 0, 0, 1])}
+        a = torch.tensor([1.0, 1, 0, nan])
+        b = torch.tensor([1.0, 0, 0, 1])
+        read = {"a": a, "b": b}
         monkeypatch.setattr(judge.reader, "read", lambda *_: read)
         whole, parts = judge.obedience(None, None, None)
         assert whole == 0.5 and parts == {"a": pytest.approx(2 / 3), "b": 0.5}
@@ -132,10 +135,11 @@ class TestFigures:
 
     def test_images_with_a_caption_each_are_matched_with_it(self):
         """Each picture is of one colour, which its caption names."""
-        names = [f"{a} and {b}" if a - b else f"only {a}" for a in range(4) for b in range(4)] * 3
+        pairs = [(a, b) for a in range(4) for b in range(4)] * 3
+        names = [f"{a} and {b}" if a - b else f"only {a}" for a, b in pairs]
         x = torch.zeros(48, 2, 8, 8, dtype=torch.uint8)
-        for i, image in enumerate(x):
-            image[0], image[1] = 80 * (i % 16 // 4), 80 * (i % 4)
+        for image, (a, b) in zip(x, pairs):
+            image[0], image[1] = 80 * a, 80 * b
         matcher = reader.Reader(x, names, steps=100, batch_size=16)
         features = matcher.features(x)
         right = matcher.read(x, features, names)["text"].mean()
@@ -229,7 +233,8 @@ class TestLikelihood:
         model = Normal()
         zero = torch.zeros(16)
         normal = torch.distributions.MultivariateNormal(zero, model.covariance)
-        x = (127.5 * (normal.sample((300,)).clamp(-1, 1) + 1)).round().byte()
+        x = normal.sample((300,)).clamp(-1, 1)
+        x = (127.5 * (x + 1)).round().byte()
         result = likelihood.measure(model, x.view(300, 1, 4, 4), [""] * 300)
         density = normal.log_prob(x / 127.5 - 1).mean().item()
         truth = math.log2(127.5) - density / (16 * math.log(2))
@@ -449,7 +454,8 @@ def emoji_package(path):
     entries += [form(name="KISS", skin_variations=couple), form(name="none", has_img_google=False)]
     sheet = np.zeros((34 * 9, 34 * 4, 4), np.uint8)
     where = 34 * entries[0]["sheet_y"], 34 * entries[0]["sheet_x"]
-    sheet[where[0] + 9 : where[0] + 26, where[1] + 9 : where[1] + 26] = 200, 0, 0, 255
+    top, left = where[0] + 9, where[1] + 9
+    sheet[top : top + 17, left : left + 17] = 200, 0, 0, 255
     picture, text = io.BytesIO(), json.dumps(entries).encode()
     Image.fromarray(sheet).save(picture, "png")
     files = {"package/emoji.json": text, "package/img/google/sheets/32.png": picture.getvalue()}
@@ -464,20 +470,24 @@ def emoji_package(path):
 class TestDatasets:
     def test_stacked_and_unseen(self):
         data = datasets.stacked(50)
-        assert (data["x"].shape, set(data["y"])) == ((50, 28, 28, 3), {""})
+        assert data["x"].shape == (50, 28, 28, 3)
+        assert set(data["y"]) == {""}
         data = datasets.unseen()
-        assert set(data["y_test"]) == set(datasets.UNSEEN) == {*datasets.UNSEEN} - set(data["y"])
+        assert set(data["y_test"]) == set(datasets.UNSEEN)
+        assert not set(datasets.UNSEEN) & set(data["y"])
         assert len(data["x"]) + len(data["x_test"]) == 5000
 
     def test_bound_names_its_digits_in_order_and_leaves_captions_out(self):
         data = datasets.bound(300)
         assert data["x"].shape == (300, 28, 28, 3)
         out = set(datasets.left_out())
-        assert len(out) == 100 and not out & set(data["y"]) and set(data["y_test"]) <= out
+        assert len(out) == 100 and set(data["y_test"]) <= out
+        assert not out & set(data["y"])
         x, captions = load_data()
         text_of = {bytes(image): caption.split()[2] for image, caption in zip(x.numpy(), captions)}
         for image, caption in zip(data["x"][:20], data["y"]):
-            assert caption.split() == [text_of[bytes(image[..., i].copy())] for i in range(3)]
+            channels = [bytes(image[..., i].copy()) for i in range(3)]
+            assert caption.split() == [text_of[channel] for channel in channels]
 
     def test_emoji_are_cut_from_the_sheets_and_named_with_their_tones(self, tmp_path):
         entries, sheet = emoji_package(tmp_path / "emoji.tgz")
@@ -506,10 +516,13 @@ class TestDatasets:
         found = datasets.modes(first, x, None)
         assert found["modes"] == len(x[:, :, 0, 0].unique(dim=0))
         assert 0 < found["kl"] < 0.2
-        one = datasets.modes(first, x[:1].repeat(50, 1, 1, 1), None)
-        assert (one["modes"], one["kl"]) == (1, pytest.approx(math.log(1000)))
+        same = x[:1].repeat(50, 1, 1, 1)
+        one = datasets.modes(first, same, None)
+        assert one["modes"] == 1
+        assert one["kl"] == pytest.approx(math.log(1000))
         asked = [" ".join(names[i] for i in image[:, 0, 0]) for image in x]
-        told = datasets.obeyed(first, x, [" ".join(a.split()[::-1]) for a in asked])
+        turned = [" ".join(a.split()[::-1]) for a in asked]
+        told = datasets.obeyed(first, x, turned)
         same = [a.split()[0] == a.split()[2] for a in asked]
         n = {part: told[part]["n"] for part in told}
         assert n["seen"] + n["unseen"] == 5000

@@ -10,7 +10,12 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 import flow
 
-SHAPES = [(1, 8, 8), (1, 20, 20), (3, 4, 4), (3, 20, 20)]  # of one, two, one and three stacks
+SHAPES = [
+    (1, 8, 8),
+    (1, 20, 20),  # of two stacks
+    (3, 4, 4),
+    (3, 20, 20),  # of three
+]
 
 
 def images(shape):
@@ -22,7 +27,8 @@ def images(shape):
 def tiny(shape=(1, 8, 8), std=0.05, width=8, dtype=torch.float64):
     """A flow with random weights, fit to random images, and c of five texts, the last null."""
     torch.set_default_dtype(dtype)
-    model = flow.Flow(shape, ["a", "b", "c"], width).eval().requires_grad_(False)
+    model = flow.Flow(shape, ["a", "b", "c"], width)
+    model.eval().requires_grad_(False)
     for p in model.stacks.parameters():
         nn.init.normal_(p, std=std)
     model.fit(images(shape))
@@ -37,7 +43,8 @@ def test_log_determinant_is_the_full_jacobians_and_inverse_undoes_forward(shape)
     z, log_det = model(y, c)
     assert z.shape == y.shape
     assert close(model.inverse(z, c), y, 0, 1e-8)
-    assert close(model(model.inverse(y, c), c)[0], y, 0, 1e-8)
+    back, _ = model(model.inverse(y, c), c)
+    assert close(back, y, 0, 1e-8)
 
     def forward(v):
         z, _ = model(v.view(1, *shape), c[:1])
@@ -53,7 +60,8 @@ def test_log_determinant_is_the_full_jacobians_and_inverse_undoes_forward(shape)
 def test_a_round_trip_in_float32_is_exact_to_a_thousandth():
     model, c = tiny((3, 32, 32), 0.03, 32, torch.float32)
     y = 2 * torch.rand(5, 3, 32, 32) - 1
-    assert close(model.inverse(model(y, c)[0], c), y, 0, 1e-3)
+    z, _ = model(y, c)
+    assert close(model.inverse(z, c), y, 0, 1e-3)
 
 
 def test_the_inverse_has_no_dropout_and_leaves_the_mode_as_it_was():
@@ -81,7 +89,8 @@ def test_split_is_orthogonal_and_merge_undoes_it():
     y = torch.randn(64, 3, 4, 4)
     coarse, details = flow.split(y)
     assert close(coarse, 2 * nn.functional.avg_pool2d(y, 2))
-    assert close(coarse.square().sum() + details.square().sum(), y.square().sum())
+    squares = coarse.square().sum() + details.square().sum()
+    assert close(squares, y.square().sum())
     assert close(flow.merge(coarse, details), y)
     _, flat = flow.split(torch.ones(1, 3, 4, 4))
     assert not flat.any()
@@ -110,7 +119,8 @@ def test_the_loss_is_the_likelihood_of_y_above_the_noise_and_that_of_the_pixels(
     of_noise = Normal(0.0, model.noise).entropy()
     nats = -model.log_prob(y, c[:1]) / n - of_noise
     k = ((x + 1) * 127.5).round().long()
-    pixels = nn.functional.cross_entropy(model.pixel_logits(model.clean(y)).movedim(-1, 1), k)
+    logits = model.pixel_logits(model.clean(y)).movedim(-1, 1)
+    pixels = nn.functional.cross_entropy(logits, k)
     loss, log = model.loss(x, c[:1])
     assert close(log["loss"], nats / math.log(2))
     assert close(loss, (nats + pixels / 4) / math.log(2))
@@ -121,7 +131,9 @@ def test_guidance_goes_from_the_null_text_through_the_conditional_inverse():
     model, c = tiny((1, 20, 20), std=0.3)
     stack = model.stacks[-1]
     h = torch.randn(5, 100, 1, 1)
-    known, null = stack.known(h[:, :0], c), stack.known(h[:, :0], c[4:].expand(5, -1))
+    nothing = h[:, :0]
+    known = stack.features(nothing, c)
+    null = stack.features(nothing, c[4:].expand(5, -1))
     coupling = stack.couplings[1]
     shift, r = coupling.affine(h, known)
     shift_null, r_null = coupling.affine(h, null)
@@ -140,10 +152,13 @@ def test_guidance_goes_from_the_null_text_through_the_conditional_inverse():
 def test_no_guidance_leads_out_of_the_range():
     model, c = tiny((1, 20, 20), std=1.0)
     z = 3 * torch.randn(5, 1, 20, 20)
-    stack, (h, none) = model.stacks[-1], model.analyze(z)[-1]
+    stack = model.stacks[-1]
+    h, none = model.analyze(z)[-1]
     null = c[4:].expand(5, -1)
-    free = (stack.inverse(h, none, c, null) - stack.mean) / stack.std
-    kept = (stack.inverse(h, none, c, null, 4.0) - stack.mean) / stack.std
+    free = stack.inverse(h, none, c, null)
+    free = (free - stack.mean) / stack.std
+    kept = stack.inverse(h, none, c, null, 4.0)
+    kept = (kept - stack.mean) / stack.std
     assert free.abs().max() > 6 >= kept.abs().max() - 1e-9
 
 
@@ -188,7 +203,8 @@ def test_sample_takes_the_likeliest_value_of_what_the_inverse_gives():
     best = logits.max(-1).values
     assert (ours == best).double().mean() > 0.97
     # m is looked up on a grid of 1/1000; the slope of a logit in m is at most (2 + 1) / tau^2
-    assert (best - ours).max() < 2 * 3 / model.log_tau.exp() ** 2 * 0.5e-3
+    steepest = 2 * 3 / model.log_tau.exp() ** 2
+    assert (best - ours).max() < steepest * 0.5e-3
 
 
 def bits_of_pixels(model, x, c):
@@ -197,7 +213,8 @@ def bits_of_pixels(model, x, c):
     k = (x * 127.5 + 127.5).round().long()
     y = x + model.noise * torch.randn_like(x)
     log_p = model.pixel_logits(model.clean(y)).log_softmax(-1)
-    nats = -log_p.gather(-1, k[..., None]).mean() - model.log_prob(y, c).mean() / x[0].numel()
+    guess = log_p.gather(-1, k[..., None]).mean()
+    nats = -guess - model.log_prob(y, c).mean() / x[0].numel()
     return (nats - Normal(0.0, model.noise).entropy()) / math.log(2)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from child import finish, start, succeed
 from conftest import HYBRIDS, MODELS, ROOT, checkpoint, close, module_of, path_of, refusal, tiny
+from PIL import Image
 
 import prior
 
@@ -372,6 +373,17 @@ def test_the_average_and_the_schedule_are_what_they_say(data, tmp_path, monkeypa
     kept = checkpoint(tmp_path / "run")["ema"][names[0]]
     share_of_start = np.prod([1 - 9 / (9 + n) for n in range(1, 41)])
     assert close(kept, average, 0, 2 * share_of_start * start.abs().max().item() + 1e-5)
+
+
+def test_titles_of_any_text_are_drawn_without_a_word_and_pictures_in_full_size(tmp_path, recwarn):
+    texts = ["红色的狐狸", "$5 and $7", "word " * 2500, "a \ud800 half", "भाषा", "🦊", ""]
+    x = np.random.default_rng(0).integers(0, 256, (7, 128, 128, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", x=x, y=texts)
+    flags = [*tiny("vae", tmp_path / "data.npz"), "--train", "--train-steps", "1"]
+    call("vae", *flags, "--images", "16", "--out", tmp_path / "run")
+    width, height = Image.open(tmp_path / "run/samples.png").size
+    assert 8 * 128 < width < 2 * 8 * 128 and 2 * 128 < height < 4 * 128
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_stale_ranks_of_the_environment_are_ignored(finished, tmp_path):

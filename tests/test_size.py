@@ -1,4 +1,7 @@
-"""How long the files are, and how full their lines: a reader's eye should rest."""
+"""How long the files are, and how full their lines: a reader's eye should rest.
+
+Of a script, lines of code count, without docstrings, comments and blank lines: prose has room.
+"""
 
 import ast
 import io
@@ -8,8 +11,8 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-LINES = {"prior": 60, "vae": 330, "gan": 330, "diffusion": 360, "flow": 360, "hybrids": 580}
-FOLDERS = {"bench": 2200, "tests": 2000}
+CODE = {"prior": 30, "vae": 326, "gan": 340, "diffusion": 340, "flow": 394, "hybrids": 600}
+FOLDERS = {"bench": 2500, "tests": 2700}
 NO_CODE = "COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER".split()
 
 
@@ -37,9 +40,9 @@ def tokens_of_lines(text):
     return list(counts.values())
 
 
-@pytest.mark.parametrize("script", LINES)
-def test_lines_of_a_script(script):
-    assert length(f"{script}.py") <= LINES[script]
+@pytest.mark.parametrize("script", CODE)
+def test_code_lines_of_a_script(script):
+    assert len(tokens_of_lines((ROOT / f"{script}.py").read_text())) <= CODE[script]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -42,7 +42,9 @@ def test_the_first_64_words_count():
 def test_words_become_ids_no_word_is_0_and_an_unknown_one_ends_the_program():
     text = vae.Text(VOCABULARY, 16)
     ids = text.tokenize(["thin, seven!", "", "Bold", " six  six bold "])
-    assert ids.tolist() == [[4, 2, 0], [0, 0, 0], [1, 0, 0], [3, 3, 1]]
+    thin_seven, nothing, bold, six_six_bold = ids.tolist()
+    assert (thin_seven, nothing) == ([4, 2, 0], [0, 0, 0])
+    assert (bold, six_six_bold) == ([1, 0, 0], [3, 3, 1])
     assert "sevn; the nearest known: seven" in refusal(text.tokenize, ["thin sevn"])
     many = vae.Text([f"name{i}" for i in range(9000)], 8)
     line = refusal(many.tokenize, ["nane77"])
@@ -52,8 +54,9 @@ def test_words_become_ids_no_word_is_0_and_an_unknown_one_ends_the_program():
 def test_a_text_is_the_mean_of_its_words_joined_with_their_places():
     text = vae.Text(VOCABULARY, 16)
     words, places = text.word.weight, text.place.weight
-    bold_six = text.read(torch.stack([words[1] + places[0], words[3] + places[1]]))
-    truth = text.mlp(torch.stack([bold_six.mean(0), torch.zeros(16)]))
+    bold, six = words[1] + places[0], words[3] + places[1]
+    mean = text.read(torch.stack([bold, six])).mean(0)
+    truth = text.mlp(torch.stack([mean, torch.zeros(16)]))
     c = text(text.tokenize(["bold six", "", "six bold"]))
     assert close(c[:2], truth, atol=1e-6)
     assert not close(c[0], c[2], atol=0.1)  # order is read
@@ -99,7 +102,8 @@ def test_captions_of_the_digits_follow_the_formulas_and_a_tenth_is_held_out(monk
     x_test, captions_test = models.held_out()
     assert (len(x), len(x_test)) == (4500, 500)
     whole = sorted(zip(map(bytes, data["x"]), data["y"]))
-    parts = [*zip(map(bytes, x.numpy()), captions), *zip(map(bytes, x_test.numpy()), captions_test)]
+    parts = list(zip(map(bytes, x.numpy()), captions))
+    parts += zip(map(bytes, x_test.numpy()), captions_test)
     assert sorted(parts) == whole
 
 
@@ -111,7 +115,8 @@ def test_a_file_has_its_own_test_images_or_gives_a_tenth_that_takes_no_caption_a
     assert np.array_equal(images, x.transpose(0, 3, 1, 2))
     assert captions == ["Red Fox", "red owl", ""] * 7
 
-    x = np.arange(200, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    x = np.zeros((200, 8, 8), np.uint8)
+    x += np.arange(200, dtype=np.uint8)[:, None, None]
     np.savez(tmp_path / "cyclic.npz", x=x, y=np.arange(200) % 10)
     images, captions = vae.load_data(tmp_path / "cyclic.npz")
     kept = images[:, 0, 0, 0].tolist()
@@ -119,14 +124,18 @@ def test_a_file_has_its_own_test_images_or_gives_a_tenth_that_takes_no_caption_a
     assert captions == [str(i % 10) for i in kept] and len(set(captions)) == 10
 
 
-@pytest.mark.parametrize("y", [["cat", "dog"], [["cat"], ["dog"]], [b"cat", b"dog"]])
+TEXTS = ["cat", "dog"], [["cat"], ["dog"]], [b"cat", b"dog"]
+
+
+@pytest.mark.parametrize("y", TEXTS)
 def test_texts_may_be_bytes_or_a_column_and_few_images_are_all_trained_on(y, tmp_path):
     np.savez(tmp_path / "two.npz", x=np.zeros((2, 8, 8), np.uint8), y=y)
     images, captions = vae.load_data(tmp_path / "two.npz")
     assert len(images) == 2 and captions == ["cat", "dog"]
 
 
-X, Y = np.zeros((4, 8, 8), np.uint8), np.array(["a", "b", "a", "b"])
+X = np.zeros((4, 8, 8), np.uint8)
+Y = np.array(["a", "b", "a", "b"])
 BAD = {
     "no x": dict(y=Y),
     "no y": dict(x=X),
@@ -176,11 +185,11 @@ OWN = {  # functions whose lines may differ where they speak of these
 
 
 def definitions(script):
-    """The lines of a script's functions and classes by their names, each (FUNCTION) cited in the
-    code without its file's name."""
+    """The lines of a script's functions and classes by their names, in which equations are cited
+    without a file's name."""
     text = (ROOT / f"{script}.py").read_text()
     for name in SCRIPTS:
-        text = text.replace(f"# {name}.py (", "# (")
+        text = text.replace(f"{name}.py (", "(")
     lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -214,19 +223,21 @@ def test_grids_halve_the_side_until_it_is_odd_or_at_most_8():
     for side, grids in sides.items():
         widths = vae.grid_widths(side, 8)
         assert widths == [8 * 2**i for i in range(grids)]
-        encoder, decoder = vae.Encoder((3, side, side), 8, 16), vae.Decoder((3, side, side), 8, 16)
-        h, skips = encoder(torch.randn(2, 3, side, side), torch.randn(2, 16))
+        shape, emb = (3, side, side), torch.randn(2, 16)
+        encoder, decoder = vae.Encoder(shape, 8, 16), vae.Decoder(shape, 8, 16)
+        h, skips = encoder(torch.randn(2, *shape), emb)
         coarsest = side >> grids
         assert h.shape == (2, widths[-1], coarsest, coarsest)
         assert coarsest <= 8 or coarsest % 2
         assert [skip.shape[1] for skip in skips] == widths[:-1]
-        assert decoder(h, torch.randn(2, 16), skips).shape == (2, 3, side, side)
+        assert decoder(h, emb, skips).shape == (2, *shape)
 
 
 def test_every_skip_and_every_pixel_is_seen():
-    encoder, decoder = vae.Encoder((1, 64, 64), 8, 16), vae.Decoder((1, 64, 64), 8, 16)
-    fill_zeros(encoder), fill_zeros(decoder)
-    x, emb = torch.randn(1, 1, 64, 64, requires_grad=True), torch.randn(1, 16)
+    encoder = fill_zeros(vae.Encoder((1, 64, 64), 8, 16))
+    decoder = fill_zeros(vae.Decoder((1, 64, 64), 8, 16))
+    x = torch.randn(1, 1, 64, 64, requires_grad=True)
+    emb = torch.randn(1, 16)
     h, skips = encoder(x, emb)
     (slope,) = torch.autograd.grad(h[0, 0, 4, 4], x, retain_graph=True)
     assert (slope[0, 0].abs().sum(1) > 0).sum() > 50  # the middle of the coarsest grid sees rows
@@ -237,13 +248,14 @@ def test_every_skip_and_every_pixel_is_seen():
 
 
 def test_the_networks_of_28_pixels_are_two_grids_written_out():
-    encoder, decoder = vae.Encoder((1, 28, 28), 8, 16), vae.Decoder((1, 28, 28), 8, 16)
-    fill_zeros(encoder), fill_zeros(decoder)
+    encoder = fill_zeros(vae.Encoder((1, 28, 28), 8, 16))
+    decoder = fill_zeros(vae.Decoder((1, 28, 28), 8, 16))
     x, emb = torch.randn(2, 1, 28, 28), torch.randn(2, 16)
     fine = encoder.blocks[0](encoder.stem(x), emb)
     coarse = encoder.blocks[1](encoder.shrink[0](fine) + encoder.position, emb)
     h, skips = encoder(x, emb)
-    assert torch.equal(h, coarse) and torch.equal(skips[0], fine) and len(skips) == 1
+    assert torch.equal(h, coarse) and len(skips) == 1
+    assert torch.equal(skips[0], fine)
     h = decoder.blocks[0](decoder.first(h, emb), emb)
     h = decoder.blocks[1](decoder.grow[0](h) + fine, emb)
     drawn = decoder.head(torch.nn.functional.silu(decoder.norm(h)))
@@ -251,7 +263,8 @@ def test_the_networks_of_28_pixels_are_two_grids_written_out():
 
 
 def test_the_norm_divides_by_the_rms_of_the_channels_and_stays_in_channels_last():
-    norm, h = vae.Norm(6), torch.randn(2, 6, 3, 3).to(memory_format=torch.channels_last)
+    norm, h = vae.Norm(6), torch.randn(2, 6, 3, 3)
+    h = h.to(memory_format=torch.channels_last)
     truth = h / h.square().mean(1, keepdim=True).sqrt()
     assert close(norm(h), truth, 1e-4)
     assert norm(h).is_contiguous(memory_format=torch.channels_last)

@@ -30,6 +30,11 @@ from vae import Text, load_data, words_of
 UP, LEFT, RIGHT = 4, 8, 2  # the window of (3): so many rows above, and pixels on either side
 
 
+def wide(x):
+    """The widest floats that the device of x has: Apple's GPUs have no float64."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 class Layer(nn.Module):
     """A layer of a causal transformer. past holds the keys and values of the tokens before."""
 
@@ -123,7 +128,7 @@ class Autoregressive(nn.Module):
     @torch.no_grad()
     def sample(self, z, c):
         """z ~ N(0, I) (B, C, H, W), c (B, E) -> x in [-1, 1], value by value."""
-        u = torch.special.ndtr(z.double())
+        u = torch.special.ndtr(z.to(wide(z)))
         u = rearrange(u, "b c h w -> h (w c) b 1")
         padded = torch.zeros_like(F.pad(self.rows(z), self.margin))
         rows = padded[:, :, UP:, self.margin[0] :]  # a view, to be filled
@@ -138,7 +143,7 @@ class Autoregressive(nn.Module):
             for j, u_ij in enumerate(u_row):
                 window = padded[:, :, i : i + UP + 1, j : j + self.reach]
                 logits = self.logits(window, h[:, j])
-                f = logits.double().softmax(1).cumsum(1)
+                f = logits.to(wide(z)).softmax(1).cumsum(1)
                 k = (f < u_ij).sum(1).clamp(max=255)                           # (5)
                 value = k / 127.5 - 1
                 rows[:, 0, i, j] = value
@@ -152,7 +157,8 @@ class Autoregressive(nn.Module):
         """x (B, C, H, W) in [-1, 1], c (B, E) -> z (B, C, H, W), of which (5) makes x again."""
         k = (127.5 * (x + 1)).round().long()
         k = rearrange(k, "b c h w -> b h (w c) 1")
-        f = self(x, c).double().softmax(3).cumsum(3)
+        logits = self(x, c).to(wide(x))
+        f = logits.softmax(3).cumsum(3)
         f = F.pad(f, (1, 0))
         low, high = f.gather(3, k), f.gather(3, k + 1)
         u = torch.lerp(low, high, torch.rand_like(low))                        # (6)
@@ -178,7 +184,8 @@ def train(args):
     def loss_of(images, ids, _):
         # hides some captions and some words, so that parts of a caption have a meaning too
         seen = torch.rand(len(ids), 1 + ids.shape[1], device=ids.device) > 0.03
-        return model.loss(images, model.embed(ids * seen[:, :1] * seen[:, 1:]))
+        words = ids * seen[:, :1] * seen[:, 1:]
+        return model.loss(images, model.embed(words))
 
     runs.train(args, model, checkpoint, x, captions, loss_of)
 

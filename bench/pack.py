@@ -36,7 +36,8 @@ def fail(message):
 
 def read_idx(folder, name):
     """The array in an IDX file of bytes, plain or .gz: big-endian sizes, then data."""
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
+    choices = folder / name, folder / f"{name}.gz"
+    path = next((path for path in choices if path.exists()), None)
     if path is None:
         fail(f"{folder} has no {name} or {name}.gz")
     try:
@@ -150,7 +151,9 @@ def pack_folder(folder, size):
         places["_test"] = folder / held_out
     packed = {part: pack_images(place, size) for part, place in places.items()}
     n = sum(len(images) for images, _, _ in packed.values())
-    left_out = {path: why for _, _, part in packed.values() for path, why in part.items()}
+    left_out = {}
+    for _, _, part in packed.values():
+        left_out |= part
     for path in visible_files(folder):
         if not any(path.is_relative_to(place) for place in places.values()):
             left_out[path] = "beside train, test and val"

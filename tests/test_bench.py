@@ -205,7 +205,8 @@ class Normal(Toy):
 
     def velocity(self, z, t, c):
         of_z = (1 - t) ** 2 * self.covariance + t**2 * torch.eye(16)
-        slope = (t * torch.eye(16) - (1 - t) * self.covariance) @ of_z.inverse()
+        slope = t * torch.eye(16) - (1 - t) * self.covariance
+        slope = slope @ of_z.inverse()
         return (z.flatten(1) @ slope.T).view_as(z)
 
 
@@ -235,8 +236,9 @@ class TestLikelihood:
         normal = torch.distributions.MultivariateNormal(zero, model.covariance)
         x = normal.sample((300,)).clamp(-1, 1)
         x = (127.5 * (x + 1)).round().byte()
-        result = likelihood.measure(model, x.view(300, 1, 4, 4), [""] * 300)
-        density = normal.log_prob(x / 127.5 - 1).mean().item()
+        x = x.view(300, 1, 4, 4)
+        result = likelihood.measure(model, x, [""] * 300)
+        density = normal.log_prob(x.flatten(1) / 127.5 - 1).mean().item()
         truth = math.log2(127.5) - density / (16 * math.log(2))
         assert abs(result["bits_per_dim"] - truth) < 0.08
         assert result["standard_error"] < 0.08
@@ -380,7 +382,8 @@ class TestBenchmark:
         rows = results["rows"]
         assert list(rows)[3:] == ["vae", "flow", "flow, guidance 1"]
         assert rows["vae"]["updates"] == 2 and rows["vae"]["bits_per_dim"]["n"] == 20
-        assert rows["flow"]["fd"]["std"] > 0 and rows["flow"]["seeds"] == [0, 1, 2]
+        assert rows["flow"]["fd"]["std"] > 0
+        assert rows["flow"]["seeds"] == [0, 1, 2]
         assert (out / "samples.png").exists()
         assert "| [vae](/vae.py) | 1 | - |" in capsys.readouterr().out
         report.write(out / "quality.json", {**results, "device": "another"})
@@ -484,7 +487,8 @@ class TestDatasets:
         assert len(out) == 100 and set(data["y_test"]) <= out
         assert not out & set(data["y"])
         x, captions = load_data()
-        text_of = {bytes(image): caption.split()[2] for image, caption in zip(x.numpy(), captions)}
+        names = [caption.split()[2] for caption in captions]
+        text_of = dict(zip(map(bytes, x.numpy()), names))
         for image, caption in zip(data["x"][:20], data["y"]):
             channels = [bytes(image[..., i].copy()) for i in range(3)]
             assert caption.split() == [text_of[channel] for channel in channels]
@@ -520,7 +524,8 @@ class TestDatasets:
         one = datasets.modes(first, same, None)
         assert one["modes"] == 1
         assert one["kl"] == pytest.approx(math.log(1000))
-        asked = [" ".join(names[i] for i in image[:, 0, 0]) for image in x]
+        first_pixels = x[:, :, 0, 0].tolist()
+        asked = [" ".join(names[i] for i in pixels) for pixels in first_pixels]
         turned = [" ".join(a.split()[::-1]) for a in asked]
         told = datasets.obeyed(first, x, turned)
         same = [a.split()[0] == a.split()[2] for a in asked]

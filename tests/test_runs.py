@@ -220,7 +220,9 @@ def test_what_is_no_run_of_the_script_is_refused_and_left_alone(model, finished,
 
 
 @every_model
-def test_wrong_flags_are_refused_before_any_work(model, copied, data, tmp_path, capsys):
+def test_wrong_flags_are_refused_before_any_work(
+    model, copied, data, tmp_path, capsys, monkeypatch
+):
     run, new = copied(model), tmp_path / "new"
     before = content(run)
     here = str(torch.accelerator.current_accelerator(check_available=True))
@@ -238,6 +240,10 @@ def test_wrong_flags_are_refused_before_any_work(model, copied, data, tmp_path, 
         usage, line = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2
         assert ("--resume" if flag == "--out" else flag) in line
+    monkeypatch.setattr(module_of(model), "which", lambda name: None)
+    with pytest.raises(SystemExit):
+        call(model, *tiny(model, data), "--train", "--out", new, "--compile")
+    assert "C++ compiler" in capsys.readouterr().err
     draw = "--sample", "--device", "cpu", "--out", run, "--images", "2"
     line = refusal(call, model, *draw, "--caption", "brigt left")
     assert "brigt" in line and "bright" in line

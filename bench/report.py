@@ -24,6 +24,18 @@ from bench.models import MODELS, ROOT, script
 
 RESULTS = ROOT / "bench/results"
 PAGES = "README.md", "docs/README.zh.md"
+CHINESE = {
+    "| model |": "| 模型 |",
+    "evaluations an image": "网络计算次数",
+    "images/s": "图像/秒",
+    "text obeyed": "符合文字",
+    "lines of its file": "文件行数",
+    "real images": "真实图像",
+    "importance-weighted bound": "重要性加权上界",
+    "(bound)": "（上界）",
+    "(exact)": "（精确）",
+    "ODE estimate": "ODE 估计",
+}
 FIGURES = "precision", "recall", "density", "coverage", "sharpness", "nearest", "diversity"
 
 CLAIMS = (  # statement, of which way to sample, against which, in what, and whether more is better
@@ -123,6 +135,14 @@ def measured(speed, task):
     """What was recorded beside each benchmark of a task, sampling or training."""
     notes = [benchmark["extra_info"] for benchmark in speed.get("benchmarks", ())]
     return [note for note in notes if note.get("task") == task]
+
+
+def page_table(folder, page):
+    """The README's table in the language of a page."""
+    result = main_table(folder)
+    for english, chinese in CHINESE.items() if "zh" in page else ():
+        result = result.replace(english, chinese)
+    return result
 
 
 def rates(speed):
@@ -273,10 +293,11 @@ def plot(folder):
 
 
 def main():
-    fresh = main_table(RESULTS)
-    for path in [ROOT / page for page in PAGES if (ROOT / page).exists()]:
+    for page in [page for page in PAGES if (ROOT / page).exists()]:
+        path, fresh = ROOT / page, page_table(RESULTS, page)
         block = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- /table -->)", re.S)
-        path.write_text(block.sub(lambda _: f"{fresh}\n", path.read_text()))
+        text = block.sub(lambda _, fresh=fresh: f"{fresh}\n", path.read_text())
+        path.write_text(text)
     (ROOT / "bench/RESULTS.md").write_text(results(RESULTS))
     plot(RESULTS)
 

@@ -16,7 +16,7 @@ import argparse
 from itertools import product
 from pathlib import Path
 
-from bench import likelihood, models, pictures, report
+from bench import files, likelihood, models, pictures, report
 from bench.quality import Judge
 
 SEEDS = 0, 1, 2
@@ -60,9 +60,9 @@ def main(argv=None):
     runs = args.runs or models.ROOT.joinpath(*parts)
     out = args.out or (runs / "results" if args.quick or data else report.RESULTS)
     out.mkdir(parents=True, exist_ok=True)
-    here = {**report.environment(args.device), "data": args.data.name if data else ""}
+    here = {**files.environment(args.device), "data": args.data.name if data else ""}
     path = out / "quality.json"
-    results = report.read(path) or {**here, "rows": {}}
+    results = files.read(path) or {**here, "rows": {}}
     for key in ("device", "torch", "data"):
         if results.get(key) != here[key]:
             raise SystemExit(f"{path} has another {key}, {results.get(key)}: move it away")
@@ -84,7 +84,7 @@ def main(argv=None):
 
     def add(label, row, **stamp):
         rows[label] = {"commit": here["commit"], **row, **stamp}
-        report.write(path, results)
+        files.write(path, results)
 
     for label, images in judge.baselines(n).items():
         if label not in rows:

@@ -1,7 +1,7 @@
 """Options of `pytest bench`, and what its JSON says of the machine."""
 
+from bench.files import environment
 from bench.models import HERE
-from bench.report import environment
 
 
 def pytest_addoption(parser):

@@ -3,7 +3,6 @@
   python -m bench.datasets stacked stacked.npz     StackedMNIST (Metz et al. 2017): three random
                                                    digits as red, green and blue, no caption: how
                                                    many of the 1,000 modes are found?
-  python gan.py --train --data stacked.npz --out runs/stacked
   python gan.py --sample --out runs/stacked --images 26000 --npz samples.npz
   python -m bench.datasets modes samples.npz ...   modes found, and the KL to the uniform in nats,
                                                    also into bench/results/stacked.json
@@ -43,7 +42,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from bench import report
+from bench import files, report
 from bench.models import held_out
 from bench.pack import save
 from bench.quality import Judge, read_samples
@@ -181,17 +180,17 @@ def obeyed(reader, x, captions):
     return result
 
 
-def measure(files, name, function):
+def measure(paths, name, function):
     """A row of results for each file of samples, also into bench/results/NAME.json."""
-    sets = {path.stem: read_samples(path) for path in files}
+    sets = {path.stem: read_samples(path) for path in paths}
     if any(x.shape[1:] != (3, 28, 28) for x, _ in sets.values()):
         raise SystemExit("take 28x28 images in colour")
     path, reader = report.RESULTS / f"{name}.json", Judge().reader
-    result = {**report.environment(), "rows": report.read(path).get("rows", {})}
+    result = {**files.environment(), "rows": files.read(path).get("rows", {})}
     for stem, (x, captions) in sets.items():
         result["rows"][stem] = function(reader, x, captions)
         print(json.dumps({stem: result["rows"][stem]}))
-    report.write(path, result)
+    files.write(path, result)
 
 
 def main(argv=None):

@@ -8,18 +8,12 @@ all tables into bench/RESULTS.md, and bench/results/quality_speed.png, from qual
 other data or another machine, become sections of bench/RESULTS.md.
 """
 
-import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from bench import pictures
+from bench.files import read
 from bench.models import MODELS, ROOT, script
 
 RESULTS = ROOT / "bench/results"
@@ -43,46 +37,12 @@ CLAIMS = (  # statement, of which way to sample, against which, in what, and whe
     ("a critic makes a VAE sharper", "vae-gan", "vae", "sharpness", 1),
     ("a critic makes a flow better", "flow-gan", "flow", "fd", -1),
     ("a critic helps in four steps", "diffusion-gan", "diffusion, dpm, 4 steps", "fd", -1),
-    ("guidance makes diffusion obey", "diffusion", "diffusion, guidance 1", "obeyed", 1),
-    ("guidance costs diffusion variety", "diffusion", "diffusion, guidance 1", "recall", -1),
-    ("guidance makes a flow obey", "flow", "flow, guidance 1", "obeyed", 1),
-    ("guidance costs a flow variety", "flow", "flow, guidance 1", "recall", -1),
     ("twenty steps beat one jump", "diffusion", "one-step", "fd", -1),
     ("one jump beats one plain step", "one-step", "diffusion, ddim, 1 step", "fd", -1),
     ("one jump is faster than twenty steps", "one-step", "diffusion", "images/s", 1),
     ("value by value is slower than a GAN", "autoregressive", "gan", "images/s", -1),
     ("value by value is slower than twenty steps", "autoregressive", "diffusion", "images/s", -1),
 )
-
-
-def environment(device="cpu"):
-    """Where figures are from."""
-
-    def git(call):
-        return subprocess.getoutput(f"git -C '{ROOT}' {call} 2>/dev/null")
-
-    commit = os.environ.get("COMMIT") or git("rev-parse --short HEAD") or "unknown"
-    if git("status --porcelain -- . ':!bench/results' ':!*.md'"):
-        commit += "-dirty"
-    cores = f"{os.cpu_count()} cores of {platform.machine()}"
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cores,
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def write(path, data):
-    """Writes JSON whole or not at all."""
-    path.with_suffix(".tmp").write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def read(path):
-    """A result file, or {} where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def spread(values):
@@ -263,9 +223,37 @@ def where(result):
     return f"{text} {here.get('numpy')}, commit {', '.join(sorted(map(str, commits)))}."
 
 
+def reading(folder):
+    """What the digits' tables say, in a few sentences with their numbers."""
+    rows, rate = read(folder / "quality.json").get("rows", {}), rates(read(folder / "speed.json"))
+    rows = {name: row for name, row in rows.items() if name in MODELS or "guidance" in name}
+    told = ["One trained model stands behind each row: differences of a few tenths may be chance."]
+
+    def extreme(figure, best):
+        name = best(rows, key=lambda name: rows[name][figure]["mean"])
+        return f"{name} ({number(rows[name][figure])})"
+
+    if rows:
+        told.append(f"The smallest FD is that of {extreme('fd', min)}.")
+        told.append(f"Texts are obeyed most by {extreme('obeyed', max)}.")
+        told.append(f"Most blurred is {extreme('sharpness', min)}; 1 is as sharp as real images.")
+    for name in ("diffusion", "flow"):
+        plain = f"{name}, guidance 1"
+        if {name, plain} <= rows.keys():
+            shares = percent(rows[plain]["obeyed"], 0), percent(rows[name]["obeyed"], 0)
+            recall = number(rows[plain]["recall"]), number(rows[name]["recall"])
+            text = f"Guidance takes {name} from {shares[0]} of texts obeyed to {shares[1]}"
+            told.append(f"{text}, and its recall from {recall[0]} to {recall[1]}.")
+    if {"gan", "diffusion"} <= rate.keys():
+        times = rate["gan"] / rate["diffusion"]
+        told.append(f"In large batches gan draws {times:.0f} times as many images/s as diffusion.")
+    return "\n".join(f"- {line}" for line in told)
+
+
 def results(folder):
     """All tables of a folder of results, and of its sub-folders, as one page."""
     parts = ["# Results", "Written by `python -m bench.report`; bench/quality.py defines figures."]
+    parts.append(reading(folder))
     for part in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
         names = "quality", "bound", "stacked", "speed"
         files = {name: read(part / f"{name}.json") for name in names}

@@ -19,7 +19,7 @@ from torch import nn
 
 import prior
 from bench import __main__ as bench
-from bench import datasets, explore, likelihood, models, quality, reader, report
+from bench import datasets, explore, files, likelihood, models, quality, reader, report
 from vae import captioned_digits, load_data
 
 WORDS = ["bright", "dark", "left", "right"]
@@ -378,7 +378,7 @@ class TestBenchmark:
         assert len(calls) == 6 + 9  # vae again, flow with its guidance and without
         assert before == [path.stat().st_mtime_ns for path in checkpoints]
         out = tmp_path / "results"
-        results = report.read(out / "quality.json")
+        results = files.read(out / "quality.json")
         rows = results["rows"]
         assert list(rows)[3:] == ["vae", "flow", "flow, guidance 1"]
         assert rows["vae"]["updates"] == 2 and rows["vae"]["bits_per_dim"]["n"] == 20
@@ -386,7 +386,7 @@ class TestBenchmark:
         assert rows["flow"]["seeds"] == [0, 1, 2]
         assert (out / "samples.png").exists()
         assert "| [vae](/vae.py) | 1 | - |" in capsys.readouterr().out
-        report.write(out / "quality.json", {**results, "device": "another"})
+        files.write(out / "quality.json", {**results, "device": "another"})
         assert "another" in refusal(bench.main, argv)
 
     def test_speed_is_timed_and_its_table_is_made(self, tmp_path):
@@ -396,7 +396,7 @@ class TestBenchmark:
         options = ["--quick", "--width", "8", "-k", "[eager-vae-1 or flow-gan and training"]
         call = ["bash", "bench/gpu.sh", "speed", str(tmp_path), *options]
         subprocess.run(call, cwd=report.ROOT, env=env, check=True, capture_output=True)
-        speed = report.read(tmp_path / "speed.json")
+        speed = files.read(tmp_path / "speed.json")
         assert report.rates(speed).keys() == {"vae"}
         (row,) = report.measured(speed, "training")
         assert row["label"] == "flow-gan" and row["images_per_s"] == row["batch"] / row["seconds"]
@@ -416,12 +416,12 @@ class TestBenchmark:
         (tmp_path / "bench/results/fashion").mkdir(parents=True)
         for folder in ("bench/results", "bench/results/fashion"):
             here = {"device": "a card", "torch": "2.13", "commit": "abc"}
-            report.write(tmp_path / folder / "quality.json", {**here, "rows": rows})
+            files.write(tmp_path / folder / "quality.json", {**here, "rows": rows})
         note = {"task": "sampling", "label": "flow", "mode": "eager", "images_per_s": 1234.5}
         note |= {"batch": 16, "seconds": 0.0123, "evaluations": 2, "gflop_per_image": 0.04}
         note |= {"mb_per_image": 7.0, "share_of_ceiling": 0.2}
         notes = [{"extra_info": row} for row in ({**note, "images_per_s": 90.0}, note)]
-        report.write(tmp_path / "bench/results/speed.json", {"benchmarks": notes})
+        files.write(tmp_path / "bench/results/speed.json", {"benchmarks": notes})
         (tmp_path / "README.md").write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
         monkeypatch.setattr(report, "ROOT", tmp_path)
         monkeypatch.setattr(report, "RESULTS", tmp_path / "bench/results")
@@ -438,7 +438,7 @@ class TestBenchmark:
         assert "Measured on a card with torch 2.13" in page and "commit abc" in page
         assert (tmp_path / "bench/results/quality_speed.png").exists()
         assert "a \\| b" in report.table(["head"], [["a | b"]])
-        assert report.read(tmp_path / "none.json") == {}
+        assert files.read(tmp_path / "none.json") == {}
 
 
 def emoji_package(path):

@@ -26,8 +26,8 @@
   npm pack emoji-datasource-google emoji-datasource-twitter
   python -m bench.datasets emoji emoji-datasource-*.tgz emoji64.npz --size 64
 
-Google's pictures are under the Apache License 2.0, Twitter's under CC BY 4.0. Those of apple and
-facebook, in the same package, are their owners' and not to be published.
+Google's pictures are under the Apache License 2.0, Twitter's under CC BY 4.0; those of apple and
+facebook are their owners' and not to be published.
 """
 
 import argparse

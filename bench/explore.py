@@ -118,10 +118,8 @@ PATHS = {
 
 def plot_losses(run):
     """loss.png: each logged value over the updates; of an update logged twice, the last counts."""
-    rows, row = {}, {}
-    if not (run / "log.jsonl").exists():
-        return
-    for line in (run / "log.jsonl").read_text().splitlines():
+    rows, path = {}, run / "log.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
         rows[row.pop("update")] = row
     if not rows:

@@ -151,9 +151,7 @@ def pack_folder(folder, size):
         places["_test"] = folder / held_out
     packed = {part: pack_images(place, size) for part, place in places.items()}
     n = sum(len(images) for images, _, _ in packed.values())
-    left_out = {}
-    for _, _, part in packed.values():
-        left_out |= part
+    left_out = dict(pair for _, _, part in packed.values() for pair in part.items())
     for path in visible_files(folder):
         if not any(path.is_relative_to(place) for place in places.values()):
             left_out[path] = "beside train, test and val"

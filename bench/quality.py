@@ -22,8 +22,7 @@ and for two baselines that must fail: training images replayed, and one image a 
              for held-out images; well under 1 are copies
   diversity  mean distance of two samples of one caption, in features, over the training images'
 
-All depend on the number of samples: compare at equal n. A figure is null where it is not defined,
-as diversity is where no caption comes twice.
+Compare at equal n. A figure is null where it is not defined.
 """
 
 import argparse

@@ -5,8 +5,6 @@
 
 Weights are fresh ones: speed does not depend on them. Sampling is timed at batch 1 and at large
 batches, on CUDA also in bf16, compiled, and as a captured graph; each call waits for the device.
-Each benchmark's extra_info has images_per_s, evaluations of the network, GFLOP and MB an image, the
-share of what the device does at most, and on CUDA the peak memory.
 """
 
 import functools

@@ -744,7 +744,7 @@ def sample(args):
     from matplotlib.figure import Figure
     from matplotlib.font_manager import get_font_names
     dpi = max(80, 0.65 * images.shape[1])  # no pixel is lost
-    figure = Figure(figsize=(20, 26), dpi=dpi)
+    figure = Figure(figsize=(20, 28), dpi=dpi)  # room for titles of three lines
     fonts = ["DejaVu Sans", *(name for name in get_font_names() if "CJK" in name)]
     warnings.filterwarnings("ignore", "Glyph")  # of letters that none of these has
     for i, image in enumerate(images[:80]):

@@ -313,6 +313,7 @@ def train(args):
     model = GAN(**checkpoint["args"]).to(memory_format=torch.channels_last)
     checkpoint["args"] = model.args
     x, ids = x.to(args.device), model.tokenize(captions)
+    model.tokenize(args.caption or [""])  # unknown words end the program now, not at the end
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.0, 0.99), fused=True)
     players = {"critic": [], "generator": []}
@@ -368,6 +369,7 @@ def train(args):
             try:
                 torch.save(checkpoint, args.out / "checkpoint.tmp")
             except RuntimeError:
+                (args.out / "checkpoint.tmp").unlink()
                 raise OSError("the checkpoint could not be written: is the disk full?") from None
             os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
             sample(argparse.Namespace(**{**vars(args), "images": 8, "npz": None}))
@@ -379,8 +381,9 @@ def sample(args):
     """Draws args.images images for texts, or for captions of the training set: samples.png, and the
     file args.npz."""
     model, checkpoint = load(args.out, args.device)
-    n = args.images
-    texts = args.caption or np.random.default_rng(0).choice(checkpoint["captions"], n).tolist()
+    n, known = args.images, checkpoint["captions"]
+    chosen = np.random.default_rng(0).integers(len(known), size=n)
+    texts = args.caption or [known[i] for i in chosen]
     captions = [texts[i * len(texts) // n] for i in range(n)]
     torch.manual_seed(args.seed)
     images = []
@@ -457,8 +460,6 @@ def main(argv=None):
             if RANK == 0 or not args.train:
                 sample(args)
     except (KeyboardInterrupt, OSError) as error:
-        for half in args.out.glob("*.tmp"):
-            half.unlink()
         why = f"{args.out}: {error!r}"
         raise SystemExit(f"{why}; --train --resume goes on from the last checkpoint") from None
 

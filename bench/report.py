@@ -172,8 +172,8 @@ def quality_table(rows):
 
 def bound_table(rows):
     """Three digits as red, green and blue, asked for in this order: shares of samples with all
-    three as asked, and with each, read by a classifier of digits, which is right on 99% of real
-    ones, so that 97% is the most for all three. Unseen captions were left out of training."""
+    three as asked, and with each, read by the classifier of digits; real images are the most that
+    can be reached. Unseen captions were left out of training."""
     body = []
     for name, parts in rows.items():
         for part, row in parts.items():

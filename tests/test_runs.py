@@ -244,6 +244,8 @@ def test_wrong_flags_are_refused_before_any_work(
     with pytest.raises(SystemExit):
         call(model, *tiny(model, data), "--train", "--out", new, "--compile")
     assert "C++ compiler" in capsys.readouterr().err
+    line = refusal(call, model, *tiny(model, data), "--train", "--out", new, "--caption", "lft")
+    assert "nearest known: left" in line
     draw = "--sample", "--device", "cpu", "--out", run, "--images", "2"
     line = refusal(call, model, *draw, "--caption", "brigt left")
     assert "brigt" in line and "bright" in line

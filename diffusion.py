@@ -415,7 +415,7 @@ def main(argv=None):
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")
-    flag("--train-steps", type=int, default=4000, help="updates in all, over which lr falls, resumed or not")
+    flag("--train-steps", type=int, default=4000, help="updates in all; schedules span them")
     flag("--batch-size", type=int, default=16, help="images an update, of all ranks together")
     flag("--lr", type=float, default=2.5e-3)
     flag("--width", type=int, help="channels on the finest grid [64]")

@@ -483,7 +483,7 @@ def main(argv=None):
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")
-    flag("--train-steps", type=int, default=2000, help="updates in all, over which lr falls, resumed or not")
+    flag("--train-steps", type=int, default=2000, help="updates in all; schedules span them")
     flag("--batch-size", type=int, default=128, help="images an update, of all ranks together")
     flag("--lr", type=float, default=1e-3)
     flag("--width", type=int, help="channels of the convolutions [64]")

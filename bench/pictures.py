@@ -56,13 +56,14 @@ def quality_against_speed(path, rows, rate):
     curve = [point for name, point in points.items() if name.startswith("diffusion, dpm")]
     curve = np.array(sorted(curve)).reshape(-1, 2)
     axes.plot(*curve.T, color="tab:gray", zorder=1)
-    for i, name in enumerate(sorted(points, key=points.get)):
-        point = points[name]
+    middle = np.median([fd for _, fd in points.values()])
+    for name, point in points.items():
         axes.scatter(*point, color="tab:blue" if name in MODELS else "tab:gray", s=12)
         if name in MODELS:  # other ways to sample are grey and are in the table
-            style = {"xytext": (0, 14 if i % 2 else -20), "textcoords": "offset points"}
+            up = point[1] > middle
+            style = {"xytext": (0, 14 if up else -20), "textcoords": "offset points"}
             line = {"arrowstyle": "-", "color": "silver"}
-            axes.annotate(name, point, ha="center", fontsize=8, arrowprops=line, **style)
+            axes.annotate(name, point, ha="center" if up else "right", arrowprops=line, **style)
     if "real, held out" in rows:
         real = rows["real, held out"]["fd"]["mean"]
         axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")

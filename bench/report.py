@@ -227,7 +227,7 @@ def reading(folder):
     """What the digits' tables say, in a few sentences with their numbers."""
     rows, rate = read(folder / "quality.json").get("rows", {}), rates(read(folder / "speed.json"))
     rows = {name: row for name, row in rows.items() if name in MODELS or "guidance" in name}
-    told = ["One trained model stands behind each row: differences of a few tenths may be chance."]
+    told = ["One trained model stands behind each row: small differences may be chance."]
 
     def extreme(figure, best):
         name = best(rows, key=lambda name: rows[name][figure]["mean"])

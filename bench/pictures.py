@@ -63,7 +63,8 @@ def quality_against_speed(path, rows, rate):
             up = point[1] > middle
             style = {"xytext": (0, 14 if up else -20), "textcoords": "offset points"}
             line = {"arrowstyle": "-", "color": "silver"}
-            axes.annotate(name, point, ha="center" if up else "right", arrowprops=line, **style)
+            side = "center" if up else "right"
+            axes.annotate(name, point, ha=side, fontsize=8, arrowprops=line, **style)
     if "real, held out" in rows:
         real = rows["real, held out"]["fd"]["mean"]
         axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")

@@ -60,11 +60,11 @@ def quality_against_speed(path, rows, rate):
     for name, point in points.items():
         axes.scatter(*point, color="tab:blue" if name in MODELS else "tab:gray", s=12)
         if name in MODELS:  # other ways to sample are grey and are in the table
-            up = point[1] > middle
-            style = {"xytext": (0, 14 if up else -20), "textcoords": "offset points"}
+            above = point[1] > middle
+            style = {"ha": "center", "fontsize": 8} if above else {"ha": "right", "fontsize": 8}
+            style |= {"xytext": (0, 14 if above else -20), "textcoords": "offset points"}
             line = {"arrowstyle": "-", "color": "silver"}
-            side = "center" if up else "right"
-            axes.annotate(name, point, ha=side, fontsize=8, arrowprops=line, **style)
+            axes.annotate(name, point, arrowprops=line, **style)
     if "real, held out" in rows:
         real = rows["real, held out"]["fd"]["mean"]
         axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")

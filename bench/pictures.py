@@ -60,10 +60,9 @@ def quality_against_speed(path, rows, rate):
     for name, point in points.items():
         axes.scatter(*point, color="tab:blue" if name in MODELS else "tab:gray", s=12)
         if name in MODELS:  # other ways to sample are grey and are in the table
-            above = point[1] > middle
-            style = {"ha": "center", "fontsize": 8} if above else {"ha": "right", "fontsize": 8}
-            style |= {"xytext": (0, 14 if above else -20), "textcoords": "offset points"}
-            line = {"arrowstyle": "-", "color": "silver"}
+            above, line = point[1] > middle, {"arrowstyle": "-", "color": "silver"}
+            style = {"xytext": (0, 14 if above else -20), "textcoords": "offset points"}
+            style |= {"ha": "center" if above else "right", "fontsize": 8}
             axes.annotate(name, point, arrowprops=line, **style)
     if "real, held out" in rows:
         real = rows["real, held out"]["fd"]["mean"]

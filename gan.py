@@ -351,12 +351,12 @@ def train(args):
         optimizer.step()
         for average, p in zip(ema.parameters(), model.parameters()):
             average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
-        log["weight_norm"] = nn.utils.get_total_norm(ema.parameters())
 
         # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
         if RANK > 0 or not (save or update % 10 == 0):
             continue
+        log["weight_norm"] = nn.utils.get_total_norm(ema.parameters())
         log = {name: value.item() for name, value in log.items()}
         if not all(map(math.isfinite, log.values())):
             raise SystemExit(f"training diverged before update {update}: lower --lr")

@@ -320,7 +320,7 @@ class Stack(nn.Module):
             log_det = log_det + change
         return h, log_det
 
-    def inverse(self, h, picture, c, null, guidance=1.0):
+    def inverse(self, h, picture, c, null=None, guidance=1.0):
         known = self.features(picture, c)
         known_null = self.features(picture, null) if guidance != 1 else None
         for coupling in reversed(self.couplings):
@@ -393,7 +393,7 @@ class Flow(nn.Module):
         y = y.view(-1, *self.coarsest)
         for stack in reversed(self.stacks[:-1]):
             details, _ = parts.pop()
-            y = merge(y, stack.inverse(details, y, c, null))
+            y = merge(y, stack.inverse(details, y, c))
         self.stacks.train(self.training)
         return y
 
@@ -701,12 +701,12 @@ def train(args):
         optimizer.step()
         for average, p in zip(ema.parameters(), model.parameters()):
             average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
-        log["weight_norm"] = nn.utils.get_total_norm(ema.parameters())
 
         # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
         if RANK > 0 or not (save or update % 10 == 0):
             continue
+        log["weight_norm"] = nn.utils.get_total_norm(ema.parameters())
         log = {name: value.item() for name, value in log.items()}
         if not all(map(math.isfinite, log.values())):
             raise SystemExit(f"training diverged before update {update}: lower --lr")

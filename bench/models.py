@@ -158,15 +158,15 @@ def held_out(path=None):
         else:
             n = len(data["x"])
             left_out = np.sort(np.random.default_rng(0).permutation(n)[: n // 10])
-            x_test, y_test = data["x"][left_out], data["y"].reshape(n)[left_out]
+            x_test, y_test = data["x"][left_out], data["y"][left_out]
         x_test = torch.from_numpy(rearrange(x_test, "n h w ... -> n (...) h w"))
         same = x_test.dtype == torch.uint8 and x_test.shape[1:] == x.shape[1:]
         if not same or len(x_test) != len(y_test) or len(x_test) < 2:
             raise ValueError("take two or more held-out images like x, and as many texts")
+        texts = y_test.reshape(len(x_test)).astype(str).tolist()
     except Exception as error:
         raise SystemExit(f"--data {path}: {error}") from None
     known = set().union(*map(words_of, captions))
-    texts = [text.decode() if isinstance(text, bytes) else str(text) for text in y_test]
     return x_test, [" ".join(word for word in words_of(text) if word in known) for text in texts]
 
 

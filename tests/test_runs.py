@@ -376,7 +376,6 @@ def test_the_average_and_the_schedule_are_what_they_say(data, tmp_path, monkeypa
         average = value * 9 / (9 + n) if first else average + (value - average) * 9 / (9 + n)
         if first:
             start = value - 0  # the average began at the untrained weights
-    kept = next(iter(checkpoint(tmp_path / "run")["ema"].values()))
     names = [name for name, _ in module_of("vae").load(tmp_path / "run")[0].named_parameters()]
     kept = checkpoint(tmp_path / "run")["ema"][names[0]]
     share_of_start = np.prod([1 - 9 / (9 + n) for n in range(1, 41)])

@@ -169,7 +169,6 @@ def test_a_bad_file_is_refused_with_one_line_that_says_how_to_make_a_good_one(ca
     assert "bad.npz" in line and "bench.pack" in line
 
 
-MODELS = ("VAE", "GAN", "Diffusion", "VAEGAN", "FlowGAN", "DiffusionGAN")
 OWN = {  # functions whose lines may differ where they speak of these
     "load": ("(**checkpoint",),
     "train": (

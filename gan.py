@@ -6,12 +6,15 @@ G draws an image from a draw of the prior and c, the vector of the text. D reads
   x_hat = G(z, c),   z ~ N(0, I);   D(x, c): how real x looks as an image of the text          (1)
 Both losses compare a real and a generated image of one text (Jolicoeur-Martineau 2019), so that G
 gains little by drawing a few kinds of images well. D's loss is small when the real one looks more
-real, and has two penalties, which keep D from becoming steep:
-  D's loss = softplus(D(x_hat, c) - D(x, c)) + gamma / 2 (R1 + R2)                             (2)
+real, and more like its own text than like c', the text of another image: so D learns to read, and
+soon tells G what a text asks for (Reed et al. 2016). Two penalties keep D from becoming steep:
+  D's loss = softplus(D(x_hat, c) - D(x, c)) + softplus(D(x, c') - D(x, c)) / 4
+             + gamma / 2 (R1 + R2)                                                             (2)
   G's loss = softplus(D(x, c) - D(x_hat, c))                                                   (3)
-  R1 = |grad_x D(x, c)|^2, summed over a real image's values; R2 the same at x_hat             (4)
-With both penalties, training that is near the equilibrium converges to it (R3GAN, Huang et al.
-2024). At the equilibrium D is right as often as it is wrong: sign_rate, the share of pairs with
+  R1 = |grad_x D(x, c)|^2 n / 784, for a real image of n values; R2 the same at x_hat          (4)
+The slope for one value falls as there are more; gamma is for the digits' 784.
+With both penalties, and without c', training that is near the equilibrium converges to it (R3GAN,
+Huang et al. 2024). There D is right as often as it is wrong: sign_rate, the share of pairs with
 D(x, c) > D(x_hat, c), is 1/2. --loss nonsaturating is the textbook's GAN (Goodfellow et al. 2014)
 with R1 alone.
 D sees x_hat clamped to the range of the images, as it is drawn. Where a value is out of that range,
@@ -211,7 +214,7 @@ class GAN(nn.Module):
         emb = c + self.style(z.to(c.dtype))
         return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
 
-    def loss(self, x, c, gamma=1.0, kind="relativistic"):
+    def loss(self, x, c, gamma=2.5, kind="relativistic"):
         """duel's number for (2) and (3), and its log, for x (B, C, S, S) in [-1, 1] and c (B, E).
         c is detached from G: if both players moved the text, they would pull it apart."""
         z = prior.sample(len(x), *self.latent_shape, device=x.device)
@@ -232,11 +235,14 @@ def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.
     images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss ends here
     d = critic(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
-    r1, r2 = slope.square().sum((1, 2, 3)).chunk(2)                            # (4)
+    penalties = slope.square().sum((1, 2, 3)) * real[0].numel() / 784
+    r1, r2 = penalties.chunk(2)                                                # (4)
     d_real, d_fake = d.chunk(2)
     if kind == "relativistic":
         gap = d_real - d_fake
-        loss_d = F.softplus(-gap) + gamma / 2 * (r1 + r2)                      # (2)
+        d_other = critic(real, c.roll(1, 0))  # the real image, and the text of another one
+        pairs = F.softplus(-gap) + F.softplus(d_other - d_real) / 4
+        loss_d = pairs + gamma / 2 * (r1 + r2)                                 # (2)
     else:
         gap = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
@@ -424,13 +430,13 @@ def main(argv=None):
     flag("--compile", action="store_true", help="torch.compile the network")
     flag("--train-steps", type=int, default=1750, help="updates in all; schedules span them")
     flag("--batch-size", type=int, default=32, help="images an update, of all ranks together")
-    flag("--lr", type=float, default=1.5e-3)
+    flag("--lr", type=float, default=8e-4)
     flag("--width", type=int, help="channels on the finest grid [64]")
     flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
     flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", type=Path, help="also write the images x and their captions y to this new file")
-    flag("--gamma", type=float, default=1.0, help="weight of the penalties in (2)")
+    flag("--gamma", type=float, default=2.5, help="weight of the penalties in (2)")
     flag("--loss", default="relativistic", choices=("relativistic", "nonsaturating"))
     args = parser.parse_args(argv)
     if not (args.train or args.sample):

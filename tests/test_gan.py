@@ -17,8 +17,9 @@ C = torch.zeros(1, 1)  # for critics that read no text
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def squares(x):
-    return x.square().flatten(1).sum(1)
+def penalty_of(slopes):
+    n = slopes[0].numel()
+    return slopes.square().flatten(1).sum(1) * n / 784
 
 
 def test_penalties_of_a_quadratic_critic_are_in_closed_form():
@@ -35,42 +36,45 @@ def test_penalties_of_a_quadratic_critic_are_in_closed_form():
         without, _ = gan.duel(judge, real, fake, C, 0.0, kind=kind)
         return with_it - without
 
-    r1 = squares(a * real + b).mean()
-    r2 = squares(a * fake.clamp(-1, 1) + b).mean()
+    r1 = penalty_of(a * real + b).mean()
+    r2 = penalty_of(a * fake.clamp(-1, 1) + b).mean()
     assert close(penalty("relativistic"), r1 + r2)
     assert close(penalty("nonsaturating"), r1)
 
 
-def critics_loss(judge, real, fake, gamma, kind):
+def critics_loss(judge, real, fake, c, gamma, kind):
     """The loss of D as the textbooks write it, for fake images that do not lead back to G."""
     images = torch.cat([real, fake]).detach().requires_grad_()
-    d = judge(images)
+    d = judge(images, torch.cat([c, c]))
     (slopes,) = torch.autograd.grad(d.sum(), images, create_graph=True)
-    r1, r2 = squares(slopes).chunk(2)
+    r1, r2 = penalty_of(slopes).chunk(2)
     d_real, d_fake = d.chunk(2)
     if kind == "relativistic":
-        loss = F.softplus(d_fake - d_real) + gamma / 2 * (r1 + r2)
+        other = judge(real, torch.cat([c[-1:], c[:-1]]))
+        loss = F.softplus(d_fake - d_real) + F.softplus(other - d_real) / 4
+        loss = loss + gamma / 2 * (r1 + r2)
     else:
         loss = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     return loss.mean()
 
 
-def generators_loss(judge, real, fake, kind):
-    d_real, d_fake = judge(torch.cat([real, fake])).chunk(2)
+def generators_loss(judge, real, fake, c, kind):
+    d_real, d_fake = judge(torch.cat([real, fake]), torch.cat([c, c])).chunk(2)
     lead = d_real - d_fake if kind == "relativistic" else -d_fake
     return F.softplus(lead).mean()
 
 
 class Points(nn.Sequential):
-    """A perceptron from vectors to images of two values, (B, 2, 1, 1), or from these to numbers."""
+    """A perceptron from vectors to images of two values, (B, 2, 1, 1), or from these to numbers. A
+    text, if any, moves what it is given."""
 
     def __init__(self, d_in, d_out, width=128):
         first, hidden = nn.Linear(d_in, width), nn.Linear(width, width)
         last = nn.Linear(width, d_out)
         super().__init__(first, nn.LeakyReLU(0.2), hidden, nn.LeakyReLU(0.2), last)
 
-    def forward(self, x, c=None):
-        y = super().forward(x.flatten(1))
+    def forward(self, x, c=0):
+        y = super().forward(x.flatten(1) + c)
         return y.flatten() if y.shape[1] == 1 else y.unflatten(1, (-1, 1, 1))
 
 
@@ -89,29 +93,29 @@ def assert_same(ours, truth):
 def test_one_backward_pass_gives_each_player_its_own_gradient(kind, gamma, weight):
     torch.set_default_dtype(torch.float64)
     g, d = Points(4, 2, 16), Points(2, 1, 16)
-    real, z = torch.randn(8, 2, 1, 1), torch.randn(8, 4)
+    real, z, c = torch.randn(8, 2, 1, 1), torch.randn(8, 4), torch.randn(8, 1)
     weights_g = tuple(g.parameters())
     weights_d = tuple(d.parameters())[:-1]  # its last shift cancels in (3)
-    loss, log = gan.duel(d, real, g(z), C, gamma, weight, kind)
+    loss, log = gan.duel(d, real, g(z), c, gamma, weight, kind)
 
     g.requires_grad_(False)
-    loss_d = critics_loss(d, real, g(z), gamma, kind)
+    loss_d = critics_loss(d, real, g(z), c, gamma, kind)
     assert_same(gradients(loss, weights_d), gradients(loss_d, weights_d))
 
     g.requires_grad_(True)
     d.requires_grad_(False)
-    loss_g = generators_loss(d, real, g(z), kind)
+    loss_g = generators_loss(d, real, g(z), c, kind)
     d.requires_grad_(True)
     assert_same(gradients(loss, weights_g), gradients(weight * loss_g, weights_g))
 
     assert close(log["loss_d"], loss_d)
     assert close(log["loss_g"], loss_g)
-    lead = d(real) - d(g(z))
+    lead = d(real, c) - d(g(z), c)
     assert close(log["margin"], lead.mean())
     assert close(log["sign_rate"], (lead > 0).double().mean())
     images = torch.cat([real, g(z).detach()]).requires_grad_()
-    (slopes,) = torch.autograd.grad(d(images).sum(), images)
-    r1, r2 = squares(slopes).chunk(2)
+    (slopes,) = torch.autograd.grad(d(images, torch.cat([c, c])).sum(), images)
+    r1, r2 = penalty_of(slopes).chunk(2)
     assert close(log["r1"], r1.mean()) and close(log["r2"], r2.mean())
 
 
@@ -137,17 +141,9 @@ def test_neither_loss_of_the_whole_model_moves_the_other_player(kind, monkeypatc
     monkeypatch.setattr(prior, "sample", lambda *shape, device=None: z)
     loss, _ = model.loss(real, c, 1.5, kind)
 
-    both = torch.cat([c, c])
     fake = model.decode(z, c.detach())
-
-    def judge(x):
-        return model.critic(x, both)
-
-    def judge_frozen(x):
-        return frozen.critic(x, both.detach())
-
-    loss_d = critics_loss(judge, real, fake, 1.5, kind)
-    loss_g = generators_loss(judge_frozen, real, fake, kind)
+    loss_d = critics_loss(model.critic, real, fake, c, 1.5, kind)
+    loss_g = generators_loss(frozen.critic, real, fake, c.detach(), kind)
     for name, p in model.named_parameters():
         draws = name.startswith(("decoder", "style", "start"))
         own, other = (loss_g, loss_d) if draws else (loss_d, loss_g)
@@ -158,7 +154,7 @@ def test_neither_loss_of_the_whole_model_moves_the_other_player(kind, monkeypatc
 @each_kind
 def test_eight_gaussians_in_the_plane_are_all_found(kind):
     g, d = Points(4, 2), Points(2, 1)
-    weights = [*g.parameters(), *d.parameters()]
+    weights, c = [*g.parameters(), *d.parameters()], C.expand(128, 1)
     optimizer = torch.optim.AdamW(weights, betas=(0.0, 0.99), fused=True)
     angle = torch.arange(8) * math.pi / 4
     centres = torch.stack([angle.cos(), angle.sin()], 1)
@@ -166,7 +162,7 @@ def test_eight_gaussians_in_the_plane_are_all_found(kind):
         centre = centres[torch.randint(8, (128,))]
         real = centre + 0.05 * torch.randn(128, 2)
         fake = g(torch.randn(128, 4))
-        loss, _ = gan.duel(d, real.view_as(fake), fake, C, 0.1, kind=kind, bound=9.0)
+        loss, _ = gan.duel(d, real.view_as(fake), fake, c, 40, kind=kind, bound=9.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 1200)

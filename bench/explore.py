@@ -75,9 +75,9 @@ def scales(model, z, c):
     has no details yet, they are what is most likely."""
     frames = []
     for n in range(len(model.stacks)):
-        *parts, (h, _) = model.analyze(z)
+        *parts, h = model.analyze(z)
         coarse = h.view(-1, *model.coarsest)
-        for i, (details, _) in enumerate(reversed(parts)):
+        for i, details in enumerate(reversed(parts)):
             coarse = flow.merge(coarse, details if i < n else torch.zeros_like(details))
         frames.append(model.sample(coarse, c))
     return frames

@@ -49,14 +49,13 @@ def importance_weighted(model, x, c):
 @torch.no_grad()
 def noisy_density(model, x, c):
     """The bound on -log P(x), and -log p(y), in nats, (B,) each, from one draw of the noise."""
-    y = x + model.noise * torch.randn_like(x)
+    y = model.add_noise(x)
     z, log_det = model(y, c)
     nats_of_y = -prior.log_prob(z) - log_det
     k = (127.5 * (x + 1)).round().long()
-    log_posterior = model.pixel_logits(model.clean(y)).log_softmax(-1)
+    log_posterior = model.pixel_logits(model.clean(y, c)).log_softmax(-1)
     guess = log_posterior.gather(-1, k[..., None]).flatten(1).sum(1)
-    entropy = 0.5 * math.log(2 * math.pi * math.e * model.noise**2)
-    nats = nats_of_y - guess - x[0].numel() * entropy
+    nats = nats_of_y - guess - x[0].numel() * model.noise_entropy()
     return {"bits_per_dim": nats, "bits_per_dim_of_y": nats_of_y}
 
 

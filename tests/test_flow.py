@@ -29,7 +29,7 @@ def tiny(shape=(1, 8, 8), std=0.05, width=8, dtype=torch.float64):
     torch.set_default_dtype(dtype)
     model = flow.Flow(shape, ["a", "b", "c"], width)
     model.eval().requires_grad_(False)
-    for p in model.stacks.parameters():
+    for p in [*model.stacks.parameters(), *model.readers.parameters()]:
         nn.init.normal_(p, std=std)
     model.fit(images(shape))
     c = model.embed(model.tokenize(["a", "b", "c", "a c", ""]))
@@ -64,15 +64,6 @@ def test_a_round_trip_in_float32_is_exact_to_a_thousandth():
     assert close(model.inverse(z, c), y, 0, 1e-3)
 
 
-def test_the_inverse_has_no_dropout_and_leaves_the_mode_as_it_was():
-    model, c = tiny((1, 20, 20))
-    z = torch.randn(5, 1, 20, 20)
-    y = model.inverse(z, c)
-    model.train()
-    assert torch.equal(model.inverse(z, c), y)
-    assert all(part.training for part in model.modules())
-
-
 def test_the_density_of_images_of_two_values_integrates_to_1():
     """By the midpoint rule in the plane."""
     model, c = tiny((2, 1, 1), std=0.1)
@@ -100,12 +91,28 @@ def test_fit_whitens_the_parts_of_noisy_images():
     model, c = tiny((1, 20, 20), std=0.0)
     x = images((1, 20, 20)) / 127.5 - 1
     z = model.encode(x, c[:1].expand(400, -1))
-    for stack, (part, _) in zip(model.stacks, model.analyze(z)):
+    for stack, part in zip(model.stacks, model.analyze(z)):
         assert part.mean((0, 2, 3)).abs().max() < 0.35
         assert close(part.square().mean(), 1, 0.05)
         assert stack.std.isfinite()
     model.fit(images((1, 20, 20))[:1])
     assert all(stack.std > 0 for stack in model.stacks)
+
+
+def entropy_of_noise(model):
+    """That of y given x, in nats per value."""
+    *details, h = model.analyze(torch.zeros(1, *model.latent_shape))
+    scales = [torch.full_like(part, model.noise).flatten() for part in details]
+    scales = torch.cat([*scales, torch.full_like(h, model.coarse_noise).flatten()])
+    return Normal(0.0, scales).entropy().mean()
+
+
+def test_the_coarsest_picture_has_noise_of_its_own():
+    model, _ = tiny((1, 20, 20))
+    *details, h = model.analyze(model.add_noise(torch.ones(400, 1, 20, 20)))
+    assert all(close(part.std(), model.noise, 0.02) for part in details)
+    assert close(h.std(), model.coarse_noise, 0.02) and close(h.mean(), 2, 0.01)
+    assert close(model.noise_entropy(), entropy_of_noise(model))
 
 
 def test_the_loss_is_the_likelihood_of_y_above_the_noise_and_that_of_the_pixels(monkeypatch):
@@ -114,27 +121,29 @@ def test_the_loss_is_the_likelihood_of_y_above_the_noise_and_that_of_the_pixels(
     x = images((1, 20, 20))[:1] / 127.5 - 1
     noise = torch.randn_like(x)
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
-    y = x + model.noise * noise
+    y = model.add_noise(x)
     n = x.numel()
-    of_noise = Normal(0.0, model.noise).entropy()
+    of_noise = entropy_of_noise(model)
     nats = -model.log_prob(y, c[:1]) / n - of_noise
     k = ((x + 1) * 127.5).round().long()
-    logits = model.pixel_logits(model.clean(y)).movedim(-1, 1)
+    logits = model.pixel_logits(model.clean(y, c[:1])).movedim(-1, 1)
     pixels = nn.functional.cross_entropy(logits, k)
+    coarse = 2 * nn.functional.avg_pool2d(x, 2)
+    error = model.clean_coarsest(model.analyze(y)[-1], c[:1]) - coarse
+    error = (error / model.coarse_noise).square().sum() / n
     loss, log = model.loss(x, c[:1])
     assert close(log["loss"], nats / math.log(2))
-    assert close(loss, (nats + pixels / 4) / math.log(2))
+    assert close(log["error"], error)
+    assert close(loss, (nats + pixels / 4) / math.log(2) + error)
 
 
 def test_guidance_goes_from_the_null_text_through_the_conditional_inverse():
     """In each coupling: the null text is at 0, the conditional model at 1."""
     model, c = tiny((1, 20, 20), std=0.3)
-    stack = model.stacks[-1]
     h = torch.randn(5, 100, 1, 1)
-    nothing = h[:, :0]
-    known = stack.features(nothing, c)
-    null = stack.features(nothing, c[4:].expand(5, -1))
-    coupling = stack.couplings[1]
+    known = c[:, :, None, None]
+    null = known[4:].expand(5, -1, -1, -1)
+    coupling = model.stacks[-1].couplings[1]
     shift, r = coupling.affine(h, known)
     shift_null, r_null = coupling.affine(h, null)
     for w in (0.0, 0.5, 1.0, 2.5):
@@ -153,11 +162,12 @@ def test_no_guidance_leads_out_of_the_range():
     model, c = tiny((1, 20, 20), std=1.0)
     z = 3 * torch.randn(5, 1, 20, 20)
     stack = model.stacks[-1]
-    h, none = model.analyze(z)[-1]
-    null = c[4:].expand(5, -1)
-    free = stack.inverse(h, none, c, null)
+    *_, h = model.analyze(z)
+    known = c[:, :, None, None]
+    null = known[4:].expand(5, -1, -1, -1)
+    free = stack.inverse(h, known, null)
     free = (free - stack.mean) / stack.std
-    kept = stack.inverse(h, none, c, null, 4.0)
+    kept = stack.inverse(h, known, null, 4.0)
     kept = (kept - stack.mean) / stack.std
     assert free.abs().max() > 6 >= kept.abs().max() - 1e-9
 
@@ -190,10 +200,10 @@ def test_p_of_a_pixel_given_m_is_the_sum_written_out():
 def test_sample_takes_the_likeliest_value_of_what_the_inverse_gives():
     model, c = tiny()
     model.fit(images_of_levels(torch.rand(16) + 0.1, 500))
-    nn.init.normal_(model.denoise[-1].weight, std=0.3)
+    nn.init.normal_(model.denoise.head.weight, std=0.3)
     z = 2 * torch.randn(5, 1, 8, 8)
     y = model.inverse(0.5 * z, c, 1.5)
-    m = model.clean(y).clamp(-2, 2)
+    m = model.clean(y, c).clamp(-2, 2)
     assert not close(m, y.clamp(-2, 2), atol=1e-2)
     x = model.sample(z, c, 1.5, 0.5)
     k = ((x + 1) * 127.5).round().long()
@@ -209,13 +219,13 @@ def test_sample_takes_the_likeliest_value_of_what_the_inverse_gives():
 
 def bits_of_pixels(model, x, c):
     """The bound on -log2 P(x) per value: by Jensen it is E [-log2 p(y) - log2 P(x | y)] less the
-    entropy of the noise, for y = x + s eps."""
+    entropy of the noise."""
     k = (x * 127.5 + 127.5).round().long()
-    y = x + model.noise * torch.randn_like(x)
-    log_p = model.pixel_logits(model.clean(y)).log_softmax(-1)
+    y = model.add_noise(x)
+    log_p = model.pixel_logits(model.clean(y, c)).log_softmax(-1)
     guess = log_p.gather(-1, k[..., None]).mean()
     nats = -guess - model.log_prob(y, c).mean() / x[0].numel()
-    return (nats - Normal(0.0, model.noise).entropy()) / math.log(2)
+    return (nats - entropy_of_noise(model)) / math.log(2)
 
 
 def test_the_bound_on_pixel_bits_is_tight_for_the_exact_density_and_holds_for_another():
@@ -230,7 +240,11 @@ def test_the_bound_on_pixel_bits_is_tight_for_the_exact_density_and_holds_for_an
     c = c[:1].expand(300, -1)
     assert bits_of_pixels(model, x, c) > bits + 0.1
 
-    noisy = Normal(LEVELS / 127.5 - 1, model.noise)
+    for head in (model.denoise.head, model.denoise_coarsest.head):  # then m is y
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    nn.init.constant_(model.log_tau, math.log(model.coarse_noise))
+    noisy = Normal(LEVELS / 127.5 - 1, model.coarse_noise)
     density = MixtureSameFamily(Categorical(p), noisy)
     model.log_prob = lambda y, c: density.log_prob(y).flatten(1).sum(1)
     assert close(bits_of_pixels(model, x, c), bits, atol=0.03)

@@ -22,8 +22,8 @@ To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarse
   h_b <- h_b exp(r) + shift,   and at last h <- h std + mean                                   (5)
 Guidance w, a heuristic (TarFlow has it too), exaggerates what the text changes in that picture:
   (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, ""))                                   (6)
-For w = 1 this is (5). Else r is kept in [-2, 2] and h_b in [-6, 6], found by trial: beyond them,
-each coupling would drive the next one further out. At last the noise goes: m(y), a network's view
+For w = 1 this is (5). Else r is kept in [-2, 2] and h_b in [-4, 4], which is as far out as training
+images go: beyond, each coupling would drive the next one further out. At last the noise goes: m(y), a network's view
 of the clean image, has some noise tau left. With x_k for pixel value k in [-1, 1], and P(k), how
 frequent k is in the training images, the likeliest k is shown of
   P(k | y), which is proportional to P(k) N(m(y); x_k, tau^2)                                  (7)
@@ -199,7 +199,7 @@ class Coupling(nn.Module):
             shift_null, r_null = self.affine(h, null)
             shift = torch.lerp(shift_null, shift, guidance)                    # (6)
             r = torch.lerp(r_null, r, guidance).clamp(-2, 2)
-            bound = 6
+            bound = 4
         changed = h[:, self.changed] * torch.exp(r) + shift                    # (5)
         return h.index_copy(1, self.changed, changed.clamp(-bound, bound))
 
@@ -384,7 +384,7 @@ class Flow(nn.Module):
         return self.log_share - distance**2 / 2                                # (7)
 
     @torch.no_grad()
-    def sample(self, z, c, guidance=2.0, temperature=0.9):
+    def sample(self, z, c, guidance=1.5, temperature=0.8):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], the likeliest pixel values of y. A
         temperature under 1 keeps z near the middle: less variety, fewer failures."""
         m = self.clean(self.inverse(temperature * z, c, guidance), c)
@@ -573,8 +573,8 @@ def main(argv=None):
     flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", type=Path, help="also write the images x and their captions y to this new file")
-    flag("--guidance", type=float, default=2.0, help="w in (6); 1 is the conditional model itself")
-    flag("--temperature", type=float, default=0.9, help="what z is multiplied with")
+    flag("--guidance", type=float, default=1.5, help="w in (6); 1 is the conditional model itself")
+    flag("--temperature", type=float, default=0.8, help="what z is multiplied with")
     args = parser.parse_args(argv)
     if not (args.train or args.sample):
         return parser.print_help()

@@ -108,10 +108,10 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(w, dim, norm) for w in widths)
 
     def forward(self, x, emb):
-        h, skips = self.stem(x), []                                            # (B, w, S/2, S/2)
+        h, skips = self.stem(x), []                                        # (B, width, S/2, S/2)
         for block, shrink in zip(self.blocks, self.shrink):
             skips.append(block(h, emb))
-            h = shrink(skips[-1])                                              # (B, 2w, S/4, S/4)
+            h = shrink(skips[-1])                                          # (B, 2 width, S/4, S/4)
         return self.blocks[-1](h + self.position, emb), skips
 
 
@@ -130,10 +130,10 @@ class Decoder(nn.Module):
         self.head = nn.ConvTranspose2d(width, shape[0], 6, stride=2, padding=2)
 
     def forward(self, h, emb, skips=None):
-        h = self.blocks[0](self.first(h, emb), emb)                            # (B, 2w, S/4, S/4)
+        h = self.blocks[0](self.first(h, emb), emb)                        # (B, 2 width, S/4, S/4)
         skips = skips or [0] * len(self.grow)
         for grow, block, skip in zip(self.grow, self.blocks[1:], reversed(skips)):
-            h = block(grow(h) + skip, emb)                                     # (B, w, S/2, S/2)
+            h = block(grow(h) + skip, emb)                                 # (B, width, S/2, S/2)
         return self.head(F.silu(self.norm(h))).float()                         # (B, C, S, S)
 
 

@@ -1,7 +1,7 @@
 """Flow: one invertible network, from noisy images to N(0, I) and exactly back.
 
   x -> y = x + noise -> coarsest picture, details -> couplings -> z
-  z ~ N(0, I) -> couplings, the coarsest picture first -> y -> m(y), without noise -> x, an image
+  z ~ N(0, I) -> couplings, the coarsest picture first -> y -> m(y), less noisy -> x, an image
 
 The flow sees noisy images: in clean ones many values are equal, where a density would be infinite,
 and small errors would show as dots (noise as in TarFlow, Zhai et al. 2024). Haar's wavelets split
@@ -23,11 +23,12 @@ To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarse
 Guidance w, a heuristic (TarFlow has it too), exaggerates what the text changes in that picture:
   (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, ""))                                   (6)
 For w = 1 this is (5). Else r is kept in [-2, 2] and h_b in [-4, 4], which is as far out as training
-images go: beyond, each coupling would drive the next one further out. At last the noise goes: m(y), a network's view
-of the clean image, has some noise tau left. With x_k for pixel value k in [-1, 1], and P(k), how
-frequent k is in the training images, the likeliest k is shown of
+images go: beyond, each coupling would drive the next one further out. At last the noise goes: m(y),
+the view that two networks have of the clean image, has some noise tau left. With x_k in [-1, 1] for
+pixel value k, and P(k), how frequent k is in the training images, that k is shown which maximizes
   P(k | y), which is proportional to P(k) N(m(y); x_k, tau^2)                                  (7)
-The network learns by the log of (7), which brings flat colours back, black and white among them.
+The first takes the noise out of the coarsest picture and learns by squared error, the other learns
+by the log of (7), which brings flat colours back, black and white among them.
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial.
 
   python flow.py --train             on 4,500 captioned digits; then draws runs/flow/samples.png
@@ -293,8 +294,8 @@ class Flow(nn.Module):
 
     def factors(self, y, c, every=1):
         """z and log |det dz/dh| of each factor of (2), the coarsest picture first, and y without
-        the noise of that picture. All but the first are of each so many-th image, and the text does
-        not learn from them: they would drown what it learns from the first."""
+        the noise of that picture. All but the first use one image in `every`, and the text does not
+        learn from them: they would drown what it learns from the first."""
         *parts, h = self.analyze(y)
         factors = [self.stacks[-1](h, c[:, :, None, None])]
         picture = self.clean_coarsest(h, c).detach()[::every]
@@ -315,6 +316,11 @@ class Flow(nn.Module):
 
     def inverse(self, z, c, guidance=1.0):
         """z (B, C, S, S), c (B, E) -> y (B, C, S, S), with guidance of the coarsest picture."""
+        y, _ = self.generate(z, c, guidance)
+        return y
+
+    def generate(self, z, c, guidance):
+        """What inverse gives, and the same without the noise of the coarsest picture."""
         null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
         *parts, h = self.analyze(z.to(c.dtype))
         known, known_null = c[:, :, None, None], null[:, :, None, None]
@@ -325,7 +331,7 @@ class Flow(nn.Module):
             known = self.readers[i](picture, c)
             details = self.stacks[i].inverse(parts[i], known)
             y, picture = merge(y, details), merge(picture, details)
-        return y
+        return y, picture
 
     def log_prob(self, y, c):
         """(2) in nats, (B,), exact, for y (B, C, S, S) and c (B, E)."""
@@ -333,10 +339,10 @@ class Flow(nn.Module):
         return prior.log_prob(z) + log_det                                     # (4)
 
     def loss(self, x, c):
-        """-log2 p(y | c) per value, less that of the noise alone, what m is off in the coarsest
-        picture, and a quarter of -log2 P(k | y), for x (B, C, S, S) in [-1, 1] and c (B, E); and
-        what is logged. The coarsest picture needs most examples and costs least: details learn from
-        each fourth image, the last network from four."""
+        """The sum of -log2 p(y | c) per value, minus that of the noise alone; of the squared error
+        of the coarsest picture without noise; and of a quarter of -log2 P(k | y). And what is
+        logged. x (B, C, S, S) is in [-1, 1], c (B, E). The coarsest picture needs most examples and
+        costs least: details learn from every fourth image, the last network from four."""
         y = self.add_noise(x)
         factors, picture = self.factors(y, c, every=4)
         nats = 0
@@ -387,7 +393,8 @@ class Flow(nn.Module):
     def sample(self, z, c, guidance=1.5, temperature=0.8):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], the likeliest pixel values of y. A
         temperature under 1 keeps z near the middle: less variety, fewer failures."""
-        m = self.clean(self.inverse(temperature * z, c, guidance), c)
+        _, picture = self.generate(temperature * z, c, guidance)
+        m = self.smooth(picture, c)
         levels = torch.linspace(-2, 2, 4001, device=m.device)
         likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1  # as a table
         return likeliest[(1000 * m + 2000).long().clamp(0, 4000)]

@@ -16,14 +16,15 @@ of the best variance (Rybkin et al. 2021). beta falls as in vae.py (4), but to 1
   L = log2 |phi(x) - phi(x')| + log2 |x - x'| / 10 + beta KL,   beta = 100 * 0.16^progress     (3)
 
 flow-gan (Grover et al. 2018). A flow of high likelihood may still draw what looks wrong. The flow
-of flow.py learns alone in the first 60% of the updates. Then D compares, for each eighth image, m
+of flow.py learns alone in the first 60% of the updates. Then D compares, for every eighth image, m
 of x with fresh noise and m of a draw of the flow, m as in flow.py (7): both lack what m takes out.
 The draw has guidance 1.5 and temperature 0.8, as samples have. w = 0.01: more harms the likelihood.
   L = the loss of flow.py, which is -log2 p(y | c) and what its (7) needs                      (4)
 
 diffusion-gan (Xiao et al. 2022). A diffusion model in four steps, at t = 2 k / (k + 4) for k = 4,
-3, 2, 1. Over so long a step x_s, the next image, is not Gaussian given x_t: a generator draws x' =
-G(x_t, t, z, c) with a z of its own, and from x_t and x' the exact posterior q gives x_s, at time s:
+3, 2, 1, with x_t = (1 - t) x + t eps. Over so long a step x_s, the next image, is not Gaussian
+given x_t: a generator draws x' = G(x_t, t, z, c) with a z of its own, and from x_t and x' the exact
+posterior q gives x_s, at time s:
   q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) b x) / t^2, b s^2 / t^2),
     a = (1 - t) / (1 - s),   b = t^2 - (a s)^2                                                 (5)
 D sees x_t and x_s, stacked as channels. A real x_s is drawn from x, a fake one from x', with one
@@ -394,8 +395,8 @@ class Flow(nn.Module):
 
     def factors(self, y, c, every=1):
         """z and log |det dz/dh| of each factor of (2), the coarsest picture first, and y without
-        the noise of that picture. All but the first are of each so many-th image, and the text does
-        not learn from them: they would drown what it learns from the first."""
+        the noise of that picture. All but the first use one image in `every`, and the text does not
+        learn from them: they would drown what it learns from the first."""
         *parts, h = self.analyze(y)
         factors = [self.stacks[-1](h, c[:, :, None, None])]
         picture = self.clean_coarsest(h, c).detach()[::every]
@@ -416,6 +417,11 @@ class Flow(nn.Module):
 
     def inverse(self, z, c, guidance=1.0):
         """z (B, C, S, S), c (B, E) -> y (B, C, S, S), with guidance of the coarsest picture."""
+        y, _ = self.generate(z, c, guidance)
+        return y
+
+    def generate(self, z, c, guidance):
+        """What inverse gives, and the same without the noise of the coarsest picture."""
         null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
         *parts, h = self.analyze(z.to(c.dtype))
         known, known_null = c[:, :, None, None], null[:, :, None, None]
@@ -426,7 +432,7 @@ class Flow(nn.Module):
             known = self.readers[i](picture, c)
             details = self.stacks[i].inverse(parts[i], known)
             y, picture = merge(y, details), merge(picture, details)
-        return y
+        return y, picture
 
     def log_prob(self, y, c):
         """(2) in nats, (B,), exact, for y (B, C, S, S) and c (B, E)."""
@@ -434,10 +440,10 @@ class Flow(nn.Module):
         return prior.log_prob(z) + log_det                                     # flow.py (4)
 
     def loss(self, x, c):
-        """-log2 p(y | c) per value, less that of the noise alone, what m is off in the coarsest
-        picture, and a quarter of -log2 P(k | y), for x (B, C, S, S) in [-1, 1] and c (B, E); and
-        what is logged. The coarsest picture needs most examples and costs least: details learn from
-        each fourth image, the last network from four."""
+        """The sum of -log2 p(y | c) per value, minus that of the noise alone; of the squared error
+        of the coarsest picture without noise; and of a quarter of -log2 P(k | y). And what is
+        logged. x (B, C, S, S) is in [-1, 1], c (B, E). The coarsest picture needs most examples and
+        costs least: details learn from every fourth image, the last network from four."""
         y = self.add_noise(x)
         factors, picture = self.factors(y, c, every=4)
         nats = 0
@@ -488,7 +494,8 @@ class Flow(nn.Module):
     def sample(self, z, c, guidance=1.5, temperature=0.8):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], the likeliest pixel values of y. A
         temperature under 1 keeps z near the middle: less variety, fewer failures."""
-        m = self.clean(self.inverse(temperature * z, c, guidance), c)
+        _, picture = self.generate(temperature * z, c, guidance)
+        m = self.smooth(picture, c)
         levels = torch.linspace(-2, 2, 4001, device=m.device)
         likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1  # as a table
         return likeliest[(1000 * m + 2000).long().clamp(0, 4000)]
@@ -575,9 +582,10 @@ class FlowGAN(Flow):
         if progress < 0.6:
             return loss, log
         text = c[::8]
-        real = self.clean(self.add_noise(x[::8]), text).detach()
-        y = self.inverse(0.8 * torch.randn_like(real), text.detach(), 1.5)
-        fake = self.clean(y, text.detach())
+        real = self.clean(self.add_noise(x[::8]), text).detach().clamp(-1, 1)
+        z, c = 0.8 * torch.randn_like(real), text.detach()
+        _, picture = self.generate(z, c, 1.5)
+        fake = self.smooth(picture, c)
         number, log_of_duel = duel(self.critic, real, fake, text, gamma, weight)
         return loss + number, log | log_of_duel
 

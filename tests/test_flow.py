@@ -102,16 +102,19 @@ def test_fit_whitens_the_parts_of_noisy_images():
 def entropy_of_noise(model):
     """That of y given x, in nats per value."""
     *details, h = model.analyze(torch.zeros(1, *model.latent_shape))
-    scales = [torch.full_like(part, model.noise).flatten() for part in details]
-    scales = torch.cat([*scales, torch.full_like(h, model.coarse_noise).flatten()])
+    scales = [torch.full_like(part, model.noise) for part in details]
+    scales.append(torch.full_like(h, model.coarse_noise))
+    scales = torch.cat([part.flatten() for part in scales])
     return Normal(0.0, scales).entropy().mean()
 
 
 def test_the_coarsest_picture_has_noise_of_its_own():
     model, _ = tiny((1, 20, 20))
-    *details, h = model.analyze(model.add_noise(torch.ones(400, 1, 20, 20)))
+    y = model.add_noise(torch.ones(400, 1, 20, 20))
+    *details, h = model.analyze(y)
     assert all(close(part.std(), model.noise, 0.02) for part in details)
-    assert close(h.std(), model.coarse_noise, 0.02) and close(h.mean(), 2, 0.01)
+    assert close(h.std(), model.coarse_noise, 0.02)
+    assert close(h.mean(), 2, 0.01)
     assert close(model.noise_entropy(), entropy_of_noise(model))
 
 
@@ -126,10 +129,12 @@ def test_the_loss_is_the_likelihood_of_y_above_the_noise_and_that_of_the_pixels(
     of_noise = entropy_of_noise(model)
     nats = -model.log_prob(y, c[:1]) / n - of_noise
     k = ((x + 1) * 127.5).round().long()
-    logits = model.pixel_logits(model.clean(y, c[:1])).movedim(-1, 1)
+    m = model.clean(y, c[:1])
+    logits = model.pixel_logits(m).movedim(-1, 1)
     pixels = nn.functional.cross_entropy(logits, k)
     coarse = 2 * nn.functional.avg_pool2d(x, 2)
-    error = model.clean_coarsest(model.analyze(y)[-1], c[:1]) - coarse
+    *_, h = model.analyze(y)
+    error = model.clean_coarsest(h, c[:1]) - coarse
     error = (error / model.coarse_noise).square().sum() / n
     loss, log = model.loss(x, c[:1])
     assert close(log["loss"], nats / math.log(2))

@@ -50,7 +50,8 @@ def critics_loss(judge, real, fake, c, gamma, kind):
     r1, r2 = penalty_of(slopes).chunk(2)
     d_real, d_fake = d.chunk(2)
     if kind == "relativistic":
-        other = judge(real, torch.cat([c[-1:], c[:-1]]))
+        others = torch.cat([c[-1:], c[:-1]])
+        other = judge(real, others)
         loss = F.softplus(d_fake - d_real) + F.softplus(other - d_real) / 4
         loss = loss + gamma / 2 * (r1 + r2)
     else:
@@ -59,7 +60,9 @@ def critics_loss(judge, real, fake, c, gamma, kind):
 
 
 def generators_loss(judge, real, fake, c, kind):
-    d_real, d_fake = judge(torch.cat([real, fake]), torch.cat([c, c])).chunk(2)
+    images = torch.cat([real, fake])
+    d = judge(images, torch.cat([c, c]))
+    d_real, d_fake = d.chunk(2)
     lead = d_real - d_fake if kind == "relativistic" else -d_fake
     return F.softplus(lead).mean()
 
@@ -75,7 +78,9 @@ class Points(nn.Sequential):
 
     def forward(self, x, c=0):
         y = super().forward(x.flatten(1) + c)
-        return y.flatten() if y.shape[1] == 1 else y.unflatten(1, (-1, 1, 1))
+        if y.shape[1] == 1:
+            return y.flatten()
+        return y.unflatten(1, (-1, 1, 1))
 
 
 def gradients(loss, weights):
@@ -93,7 +98,9 @@ def assert_same(ours, truth):
 def test_one_backward_pass_gives_each_player_its_own_gradient(kind, gamma, weight):
     torch.set_default_dtype(torch.float64)
     g, d = Points(4, 2, 16), Points(2, 1, 16)
-    real, z, c = torch.randn(8, 2, 1, 1), torch.randn(8, 4), torch.randn(8, 1)
+    real = torch.randn(8, 2, 1, 1)
+    z = torch.randn(8, 4)
+    c = torch.randn(8, 1)
     weights_g = tuple(g.parameters())
     weights_d = tuple(d.parameters())[:-1]  # its last shift cancels in (3)
     loss, log = gan.duel(d, real, g(z), c, gamma, weight, kind)
@@ -114,9 +121,11 @@ def test_one_backward_pass_gives_each_player_its_own_gradient(kind, gamma, weigh
     assert close(log["margin"], lead.mean())
     assert close(log["sign_rate"], (lead > 0).double().mean())
     images = torch.cat([real, g(z).detach()]).requires_grad_()
-    (slopes,) = torch.autograd.grad(d(images, torch.cat([c, c])).sum(), images)
+    total = d(images, torch.cat([c, c])).sum()
+    (slopes,) = torch.autograd.grad(total, images)
     r1, r2 = penalty_of(slopes).chunk(2)
-    assert close(log["r1"], r1.mean()) and close(log["r2"], r2.mean())
+    assert close(log["r1"], r1.mean())
+    assert close(log["r2"], r2.mean())
 
 
 def test_values_beyond_the_range_are_judged_as_drawn_and_only_led_back():
@@ -136,7 +145,8 @@ def test_neither_loss_of_the_whole_model_moves_the_other_player(kind, monkeypatc
     torch.set_default_dtype(torch.float64)
     model = gan.GAN((1, 8, 8), ["a", "b"], width=8, latent=4)
     frozen = copy.deepcopy(fill_zeros(model)).requires_grad_(False)
-    real, z = torch.randn(4, 1, 8, 8), torch.randn(4, 4)
+    real = torch.randn(4, 1, 8, 8)
+    z = torch.randn(4, 4)
     c = model.embed(model.tokenize(["a", "b", "", "a b"]))
     monkeypatch.setattr(prior, "sample", lambda *shape, device=None: z)
     loss, _ = model.loss(real, c, 1.5, kind)
@@ -154,7 +164,8 @@ def test_neither_loss_of_the_whole_model_moves_the_other_player(kind, monkeypatc
 @each_kind
 def test_eight_gaussians_in_the_plane_are_all_found(kind):
     g, d = Points(4, 2), Points(2, 1)
-    weights, c = [*g.parameters(), *d.parameters()], C.expand(128, 1)
+    weights = [*g.parameters(), *d.parameters()]
+    c = C.expand(128, 1)
     optimizer = torch.optim.AdamW(weights, betas=(0.0, 0.99), fused=True)
     angle = torch.arange(8) * math.pi / 4
     centres = torch.stack([angle.cos(), angle.sin()], 1)
@@ -162,7 +173,8 @@ def test_eight_gaussians_in_the_plane_are_all_found(kind):
         centre = centres[torch.randint(8, (128,))]
         real = centre + 0.05 * torch.randn(128, 2)
         fake = g(torch.randn(128, 4))
-        loss, _ = gan.duel(d, real.view_as(fake), fake, c, 40, kind=kind, bound=9.0)
+        real = real.view_as(fake)
+        loss, _ = gan.duel(d, real, fake, c, 40, kind=kind, bound=9.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 1200)

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for a call by file name
 import torch
 from matplotlib.figure import Figure
 
-import flow
 import prior
 from bench import likelihood, models
 from bench.pictures import picture
@@ -76,10 +75,9 @@ def scales(model, z, c):
     frames = []
     for n in range(len(model.stacks)):
         *parts, h = model.analyze(z)
-        coarse = h.view(-1, *model.coarsest)
-        for i, details in enumerate(reversed(parts)):
-            coarse = flow.merge(coarse, details if i < n else torch.zeros_like(details))
-        frames.append(model.sample(coarse, c))
+        for details in parts[: len(parts) - n]:
+            details.zero_()
+        frames.append(model.sample(model.synthesize([*parts, h]), c))
     return frames
 
 

@@ -11,10 +11,10 @@ or at most 256 values are left (Wavelet Flow, Yu et al. 2020). In terms of these
 s_0 is larger. A likelihood counts all values alike, but what a text asks for is in the large forms
 and colours. With s_0 = 0.1, samples of emoji obeyed it two thirds as often. It is exact that
   log p(y | c) = log p(coarsest picture | c) + sum of log p(details | coarser picture, c)      (2)
-The coarser picture is given without the noise of the coarsest, which a network estimates. Each
-factor h is made N(0, I): first h <- (h - mean) / std, then by couplings (RealNVP, Dinh et al.
-2017), given the text's vector c or, for details, features of the coarser picture and c. A coupling
-changes some channels h_b, given the others h_a, which stay:
+The coarser picture is given without the noise of the coarsest, which a network estimates. Each part
+h, the coarsest picture or some details, is made N(0, I): first h <- (h - mean) / std, then by
+couplings (RealNVP, Dinh et al. 2017), given the text's vector c or, for details, features of the
+coarser picture and c. A coupling changes some channels h_b, given the others h_a, which stay:
   h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, given),   r between -2 and 2           (3)
 So its inverse is exact, and its log-determinant a sum:
   log p = log N(z; 0, I) + log |det dz/dh|,   the sum of all -r and of -log std                (4)
@@ -206,7 +206,8 @@ class Coupling(nn.Module):
 
 
 class Stack(nn.Module):
-    """One factor of the density: h (B, n, H, W) becomes standard normal, given (B, known, H, W)."""
+    """One factor of the density: a part h (B, n, H, W) becomes N(0, I), given what is known
+    (B, m, H, W)."""
 
     def __init__(self, n, known, width, kernel, couplings):
         super().__init__()
@@ -292,9 +293,9 @@ class Flow(nn.Module):
         return x + self.synthesize([s * eps for s, eps in parts])              # (1)
 
     def factors(self, y, c, every=1):
-        """z and log |det dz/dh| of each factor of (2), the coarsest picture first; that picture
-        without noise; and y without it. The factors of details and y use one image in `every`, and
-        the text does not learn from them: they would drown what it learns from the first."""
+        """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture first; the picture
+        cleaned; and y with this in its place. Details, and y, are of one image in `every`,
+        and the text does not learn from them: that would drown what it learns from the first."""
         *parts, h = self.analyze(y)
         factors = [self.stacks[-1](h, c[:, :, None, None])]
         coarsest = self.clean_coarsest(h, c)
@@ -333,7 +334,7 @@ class Flow(nn.Module):
         return y, picture
 
     def log_prob(self, y, c):
-        """(2) in nats, (B,), exact, for y (B, C, S, S) and c (B, E)."""
+        """log p(y | c) in nats, (B,), exact, for y (B, C, S, S) and c (B, E)."""
         z, log_det = self(y, c)
         return prior.log_prob(z) + log_det                                     # (4)
 

@@ -2,7 +2,8 @@
 
   z, text -> G -> x_hat;   x or x_hat, text -> D -> how real it looks
 
-G draws an image from a draw of the prior and c, the vector of the text. D reads an image and c:
+G draws an image from a draw of the prior and c, the vector of the text. D reads an image and c. It
+sees x_hat as it is drawn, clamped to the range of the images; so in (2) to (4), too:
   x_hat = G(z, c),   z ~ N(0, I);   D(x, c): how real x looks as an image of the text          (1)
 Both losses compare a real and a generated image of one text (Jolicoeur-Martineau 2019), so that G
 gains little by drawing a few kinds of images well. D's loss is small when the real one looks more
@@ -17,8 +18,7 @@ With both penalties, and without c', training that is near the equilibrium conve
 Huang et al. 2024). There D is right as often as it is wrong: sign_rate, the share of pairs with
 D(x, c) > D(x_hat, c), is 1/2. --loss nonsaturating is the textbook's GAN (Goodfellow et al. 2014)
 with R1 alone.
-D sees x_hat clamped to the range of the images, as it is drawn. Where a value is out of that range,
-gradients that would push it further out are dropped.
+Where a value of x_hat is out of range, gradients that would push it further out are dropped.
 
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
@@ -227,10 +227,11 @@ class GAN(nn.Module):
         return self.decode(z, c).clamp(-1, 1)
 
 
-def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0):
+def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0, others=0.25):
     """One number by which both players learn, and a log. The number itself means nothing. Its
     gradient is that of D's loss for the weights of D = critic(x, c) -> (B,), and that of weight
-    times G's loss for fake (B, C, S, S). hybrids.py has other weights and bounds of the images."""
+    times G's loss for fake (B, C, S, S). others is the weight of what D learns from the texts of
+    other images. Weights and bounds of the images other than these are for hybrids.py."""
     drawn = fake.clamp(-bound, bound)
     images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss ends here
     d = critic(images, torch.cat([c, c]))
@@ -240,9 +241,9 @@ def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.
     d_real, d_fake = d.chunk(2)
     if kind == "relativistic":
         gap = d_real - d_fake
-        d_other = critic(real, c.roll(1, 0))  # the real image, and the text of another one
-        pairs = F.softplus(-gap) + F.softplus(d_other - d_real) / 4
-        loss_d = pairs + gamma / 2 * (r1 + r2)                                 # (2)
+        loss_d = F.softplus(-gap) + gamma / 2 * (r1 + r2)                      # (2)
+        if others:
+            loss_d = loss_d + others * F.softplus(critic(real, c.roll(1, 0)) - d_real)
     else:
         gap = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1

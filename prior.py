@@ -41,8 +41,8 @@ def kl(mu, log_var):
 
 def slerp(z0, z1, t):
     """The arc from z0 (B, ...) at t = 0 to z1 at t = 1, t a number or (B,). Draws of N(0, I) have
-    nearly the same length, and so has the arc between them; a straight line cuts through the
-    middle, where there are no draws (White 2016). Between parallel vectors it is the line."""
+    nearly one length, which the arc keeps; a straight line would cut through the middle, where
+    there are no draws (White 2016). Between parallel vectors it is the line."""
     broadcast = -1, *[1] * (z0.ndim - 1)
     t = torch.as_tensor(t, dtype=z0.dtype, device=z0.device).view(broadcast)
     cos = torch.cosine_similarity(z0.flatten(1), z1.flatten(1))

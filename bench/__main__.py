@@ -94,7 +94,7 @@ def main(argv=None):
         model, checkpoint = models.load(runs / name, args.device)
         strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
         for label, options in models.settings(name).items():
-            stamp = {"updates": checkpoint["update"], "n": n}
+            stamp = {"updates": checkpoint["update"], "n": n, "width": model.args.get("width")}
             if stamp.items() <= rows.get(label, {}).items():
                 continue
             print(f"measuring {label}", flush=True)
@@ -117,7 +117,7 @@ def main(argv=None):
         titles = [text if text in seen else f"{text} (not seen)" for text in texts]
         pictures.samples_picture(out / "samples.png", titles, strips)
     report.plot(out)
-    print(report.quality_table(rows))
+    print(report.quality_table({"quality": results, "speed": files.read(out / "speed.json")}))
     print(report.main_table(out))
     if out == report.RESULTS:
         report.main()

@@ -176,8 +176,7 @@ def train(args):
     torch.manual_seed(args.seed)
     vocabulary = sorted(set().union(*map(words_of, captions)))
     sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary, "width": args.width}
-    new = {"script": "autoregressive", "args": sizes, "captions": captions}
-    new["update"] = 0
+    new = {"script": "autoregressive", "args": sizes, "captions": captions, "update": 0}
     checkpoint = load(args.out)[1] if args.resume else new
     model = Autoregressive(**checkpoint["args"])
 

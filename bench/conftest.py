@@ -6,6 +6,7 @@ from bench.models import HERE
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="fewer rounds, at most 50 steps")
+    parser.addoption("--data", help="an .npz, whose size and words the models get [digits]")
     parser.addoption("--width", type=int, help="of all models [their scripts']")
 
 

@@ -1,30 +1,23 @@
 """Makes data files: of the built-in digits, and of emoji.
 
-  python -m bench.datasets stacked stacked.npz     StackedMNIST (Metz et al. 2017): three random
-                                                   digits as red, green and blue, no caption: how
-                                                   many of the 1,000 modes are found?
-  python gan.py --sample --out runs/stacked --images 26000 --npz samples.npz
-  python -m bench.datasets modes samples.npz ...   modes found, and the KL to the uniform in nats,
-                                                   also into bench/results/stacked.json
-
-  python -m bench.datasets bound bound.npz         the same with captions, "three five seven" for a
-                                                   red three, a green five and a blue seven: is
-                                                   each word bound to its place? A tenth of the
-                                                   1,000 captions is left out of training
-  python -m bench.datasets obeyed samples.npz ...  how many samples have all three digits as asked,
-                                                   and each of them, for captions of training and
-                                                   for others; also into bench/results/bound.json
-
-  python -m bench.datasets unseen unseen.npz       without the training images of three captions:
-                                                   are texts obeyed that were never seen together?
-  python -m bench --data unseen.npz --out bench/results/unseen
-
+  python -m bench.datasets stacked stacked.npz
+      StackedMNIST (Metz et al. 2017): three random digits as red, green and blue, no caption
+  python -m bench.datasets modes samples.npz ...
+      how many of the 1,000 modes 26,000 samples have, and the KL to the uniform in nats; also into
+      bench/results/stacked.json
+  python -m bench.datasets bound bound.npz
+      the same with captions, "three five seven" for a red three, a green five and a blue seven: is
+      each word bound to its place? A tenth of the 1,000 captions is left out of training
+  python -m bench.datasets obeyed samples.npz ...
+      how many samples have all three digits as asked, and each of them, for captions of training
+      and for others; also into bench/results/bound.json
+  python -m bench.datasets unseen unseen.npz
+      without the training images of three captions: are texts obeyed that were never seen together?
+      Then python -m bench --data unseen.npz --out bench/results/unseen
   npm pack emoji-datasource
   python -m bench.datasets emoji emoji-datasource-*.tgz emoji.npz [--vendors google twitter]
-                                                   coloured pictures of 32 x 32 and their names;
-                                                   held out: a tenth of those with a skin tone
-  npm pack emoji-datasource-google emoji-datasource-twitter
-  python -m bench.datasets emoji emoji-datasource-*.tgz emoji64.npz --size 64
+      coloured pictures of 32 x 32 and their names; held out: a tenth of those with a skin tone.
+      --size 64 takes npm pack emoji-datasource-google emoji-datasource-twitter
 
 Google's pictures are under the Apache License 2.0, Twitter's under CC BY 4.0; those of apple and
 facebook are their owners' and not to be published.
@@ -196,8 +189,7 @@ def measure(paths, name, function):
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    what = "stacked", "bound", "unseen", "emoji", "modes", "obeyed"
-    parser.add_argument("what", choices=what)
+    parser.add_argument("what", choices="stacked bound unseen emoji modes obeyed".split())
     parser.add_argument("files", type=Path, nargs="+", help=".npz to write, or of samples to read")
     parser.add_argument("--vendors", nargs="+", default=["google", "twitter"])
     parser.add_argument("--size", type=int, default=32, choices=(32, 64), help="of emoji [32]")

@@ -42,31 +42,29 @@ def interpolation(model, z, c, texts):
     return list(zip(texts + titles, torch.stack(frames, 1)))
 
 
+def recorded(model, name, z, c):
+    """What a method is given and returns, in each of its calls, while the model samples."""
+    method, calls = getattr(model, name), []
+
+    def record(*given):
+        calls.append((*given, method(*given)))
+        return calls[-1][-1]
+
+    with mock.patch.object(model, name, record):
+        model.sample(z, c)
+    return calls
+
+
 def steps(model, z, c):
     """x_hat at each step. A guided velocity calls itself: the outer call ends last, and counts."""
-    velocity, frames = model.velocity, {}
-
-    def record(z, t, c, guidance=1.0):
-        v = velocity(z, t, c, guidance)
-        frames[t] = z - t * v
-        return v
-
-    with mock.patch.object(model, "velocity", record):
-        model.sample(z, c)
+    calls = recorded(model, "velocity", z, c)
+    frames = {t: z - t * v for z, t, *_, v in calls}
     return list(frames.values())
 
 
 def jumps(model, z, c):
     """x_hat at each of a few large steps."""
-    denoise, frames = model.denoise, []
-
-    def record(*given):
-        frames.append(denoise(*given))
-        return frames[-1]
-
-    with mock.patch.object(model, "denoise", record):
-        model.sample(z, c)
-    return frames
+    return [x for *_, x in recorded(model, "denoise", z, c)]
 
 
 def scales(model, z, c):

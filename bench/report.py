@@ -2,10 +2,9 @@
 
   python -m bench.report
 
-writes the table between `<!-- table -->` and `<!-- /table -->` of README.md and docs/README.zh.md,
-all tables into bench/RESULTS.md, and bench/results/quality_speed.png, from quality.json, which
-`python -m bench` writes, and speed.json, from `pytest bench`. Sub-folders of bench/results, for
-other data or another machine, become sections of bench/RESULTS.md.
+writes the table in README.md and docs/README.zh.md, all tables into bench/RESULTS.md, and
+bench/results/quality_speed.png, from quality.json, which `python -m bench` writes, and speed.json,
+from `pytest bench`. Sub-folders, for other data or machines, become sections of RESULTS.md.
 """
 
 import re
@@ -142,8 +141,7 @@ def claims_table(files):
     rows, rate = files["quality"]["rows"], rates(files["speed"])
     figures, body = {}, []
     for label in rows.keys() & rate.keys():
-        speed = {"mean": rate[label], "std": 0.0}
-        figures[label] = {**rows[label], "images/s": speed}
+        figures[label] = {**rows[label], "images/s": {"mean": rate[label], "std": 0.0}}
     for statement, first, second, figure, sign in CLAIMS:
         if {first, second} <= figures.keys():
             a, b = (figures[label][figure] for label in (first, second))
@@ -155,19 +153,23 @@ def claims_table(files):
     return table(["claim", "first", "second", "figure", "of first", "of second", "holds"], body)
 
 
-def quality_table(rows):
+def quality_table(files):
     """What samples are like beside real images: mean and deviation over three sampling seeds of one
-    trained model. The columns after "text obeyed" are its parts; bench/quality.py defines all."""
+    trained model. The columns after "text obeyed" are its parts; bench/quality.py defines all.
+    Minutes are updates times what one takes on a quiet machine; one-step's add to diffusion's."""
+    rows = files["quality"]["rows"]
+    seconds = {row["label"]: row["seconds"] for row in measured(files["speed"], "training")}
     names, body = list(next(iter(rows.values()))["agreement"]), []
     for label, row in rows.items():
         cells = [label]
         cells += [percent(row["obeyed"]), percent(row["obeyed_by_chance"])]
         cells += [percent(row["agreement"].get(name)) for name in names]
         cells += [number(row["fd"], 1), *(number(row[figure]) for figure in FIGURES)]
-        cells += [bits(row), row.get("evaluations", "-"), row.get("updates", "-")]
-        body.append(cells)
+        cells += [bits(row), *(row.get(name, "-") for name in ("evaluations", "width", "updates"))]
+        minutes = row.get("updates", 0) * seconds.get(label.split(",")[0], 0) / 60
+        body.append([*cells, significant(minutes or None)])
     head = ["images", "text obeyed", "by chance", *names, "FD", *FIGURES]
-    return table([*head, "bits/dim", "evaluations", "updates"], body)
+    return table([*head, "bits/dim", "evaluations", "width", "updates", "minutes"], body)
 
 
 def bound_table(rows):
@@ -190,7 +192,7 @@ def stacked_table(rows):
 
 
 def speed_table(speed):
-    """How fast each way to sample is. The ceiling is this machine's at a large product or copy."""
+    """How fast each way to sample is. The ceiling is a large product's, convolution's or copy's."""
     body = []
     for row in measured(speed, "sampling"):
         cells = [row["label"], row["mode"], row["batch"], row["evaluations"]]
@@ -259,7 +261,7 @@ def results(folder):
         files = {name: read(part / f"{name}.json") for name in names}
         quality, bound, stacked, speed = files.values()
         tables = (
-            ("Quality", quality_table, quality.get("rows"), quality),
+            ("Quality", quality_table, quality and files, quality),
             ("Claims", claims_table, quality and speed and files, quality),
             ("Words bound to places", bound_table, bound.get("rows"), bound),
             ("StackedMNIST", stacked_table, stacked.get("rows"), stacked),

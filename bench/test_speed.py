@@ -16,12 +16,14 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import prior
+import vae
 from bench import models, runs
+from vae import words_of
 
-DEVICE = models.HERE
-WORDS = "bold thin slanted upright zero one two three four five six seven eight nine".split()
+DEVICE, load_data = models.HERE, functools.cache(vae.load_data)
 BATCHES = (1, 4096) if DEVICE == "cuda" else (1, 64)
 STEPS = 1, 2, 4, 10, 50, 250, 1000
 COMPILED = {"Encoder": "forward", "Decoder": "forward", "Coupling": "affine"}
@@ -36,22 +38,23 @@ for name in models.MODELS:
         WAYS[f"{name}, {sampler}"] = name, {"sampler": sampler}
 
 
-def build(name, width):
-    """The model with fresh weights, of its script's width unless another is given, on a device
-    that has forgotten what ran before."""
+def build(name, data, width):
+    """The model with fresh weights, for data and of a width, if any is given, else the digits and
+    the script's, on a device that has forgotten what ran before."""
     torch.compiler.reset()
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    args = {"width": width} if width else {}
-    return models.fresh(name, (1, 28, 28), WORDS, DEVICE, **args)
+    args, (x, captions) = {"width": width} if width else {}, load_data(data)
+    vocabulary = sorted(set().union(*map(words_of, captions)))
+    return models.fresh(name, tuple(x.shape[1:]), vocabulary, DEVICE, **args)
 
 
 @functools.cache
-def cost(label, width):
+def cost(label, data, width):
     """What the way to sample costs an image."""
     name, options = WAYS[label]
-    return models.cost(build(name, width), **options)
+    return models.cost(build(name, data, width), **options)
 
 
 def drawing(model, batch, mode, options):
@@ -78,9 +81,8 @@ def captured(call):
 
 
 def stepwise(module, *argv):
-    """A call that lets the script's training do one more update, of five places in turn, as a loss
-    may change with progress. It runs in a thread, and in place of the progress bar stands one that
-    waits before each update until it is asked for."""
+    """A call that does one more update of the script's training, at five places of progress in
+    turn. Training runs in a thread, and its bar waits before each update until it is asked for."""
     asked, ready = threading.Semaphore(0), threading.Semaphore(0)
 
     class Bar(list):
@@ -113,15 +115,20 @@ def waiting(call):
 
 @functools.cache
 def ceilings(dtype):
-    """Operations and bytes a second of a large product and of a large copy: no call does more."""
-    side = 8192 if DEVICE == "cuda" else 2048
-    a = torch.randn(side, side, device=DEVICE, dtype=dtype)
+    """Operations a second, of a large product or convolution, and bytes a second of a copy."""
+    on = {"device": DEVICE, "dtype": dtype}
+    side, n = (8192, 1024) if DEVICE == "cuda" else (2048, 64)
+    a, weight = torch.randn(side, side, **on), torch.randn(256, 256, 3, 3, **on)
+    h = torch.randn(n, 256, 16, 16, **on).to(memory_format=torch.channels_last)
     b, c = torch.randn(2, 2**26, device=DEVICE)
     torch.backends.cuda.matmul.allow_tf32 = True  # as in convolutions, by PyTorch's default
-    product = min(timeit.repeat(waiting(lambda: a @ a), number=1))
+    product, convolution, copy = (
+        min(timeit.repeat(waiting(call), number=1))
+        for call in (lambda: a @ a, lambda: F.conv2d(h, weight, padding=1), lambda: c.copy_(b))
+    )
     torch.backends.cuda.matmul.allow_tf32 = False
-    copy = min(timeit.repeat(waiting(lambda: c.copy_(b)), number=1))
-    return 2 * side**3 / product, 2 * b.nbytes / copy
+    operations = max(2 * side**3 / product, 2 * h.numel() * weight[0].numel() / convolution)
+    return operations, 2 * b.nbytes / copy
 
 
 def measure(benchmark, call, batch, config, **notes):
@@ -147,8 +154,8 @@ def measure(benchmark, call, batch, config, **notes):
 @pytest.mark.parametrize("mode", MODES)  # one after the other
 def test_sampling(benchmark, label, batch, mode, pytestconfig):
     name, options = WAYS[label]
-    width = pytestconfig.option.width
-    model = build(name, width)
+    given = pytestconfig.option.data, pytestconfig.option.width
+    model = build(name, *given)
     if options.get("steps", 1) > 50 and pytestconfig.option.quick:
         pytest.skip("over 50 steps, and --quick")
     if mode != "eager" and (label != name or batch == 1 and mode != "graph"):
@@ -160,7 +167,7 @@ def test_sampling(benchmark, label, batch, mode, pytestconfig):
         method = COMPILED[type(part).__name__]
         setattr(part, method, torch.compile(getattr(part, method)))
     call = drawing(model, batch, mode, options)
-    evaluations, gflop, mb, mb_of_weights = cost(label, width).values()
+    evaluations, gflop, mb, mb_of_weights = cost(label, *given).values()
     notes = {"task": "sampling", "label": label, "mode": mode, "evaluations": evaluations}
     bytes_of_a_value = 2 if mode == "eager bf16" else 4
     mb_per_image = (mb + mb_of_weights / batch) * bytes_of_a_value / 4
@@ -178,14 +185,18 @@ def test_sampling(benchmark, label, batch, mode, pytestconfig):
 @pytest.mark.parametrize("name", models.MODELS)
 def test_training(benchmark, name, mode, pytestconfig, tmp_path):
     """The mean update of the script's own training."""
-    flags, width = models.flags(name), pytestconfig.option.width
-    sizes = ["--device", DEVICE, "--images", "1", *(["--width", str(width)] if width else [])]
-    sizes += ["--compile"] if mode == "compiled" else []
+    flags, given = models.flags(name), (pytestconfig.option.data, pytestconfig.option.width)
+    argv = ["--device", DEVICE, "--images", "1"]
+    if mode == "compiled":
+        argv.append("--compile")
+    for flag, value in zip(("--data", "--width"), given):
+        if value:
+            argv += [flag, str(value)]
     if name == "one-step":  # starts from a run of diffusion
-        first = ["--train", *sizes, "--train-steps", "1", "--out", f"{tmp_path}/diffusion"]
+        first = ["--train", *argv, "--train-steps", "1", "--out", f"{tmp_path}/diffusion"]
         models.script("diffusion").main(first)
-    out = ["--out", str(tmp_path / name)]
-    update = stepwise(models.script(name), *models.choice(name), *sizes, *out)
+    argv += ["--out", str(tmp_path / name), *models.choice(name)]
+    update = stepwise(models.script(name), *argv)
     notes = {"task": "training", "label": name, "mode": mode, "updates": flags.train_steps}
-    notes["parameters"] = sum(p.numel() for p in build(name, width).parameters())
+    notes["parameters"] = sum(p.numel() for p in build(name, *given).parameters())
     measure(benchmark, update, flags.batch_size, pytestconfig, **notes)

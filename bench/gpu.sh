@@ -17,7 +17,8 @@ shift $(($# > 1 ? 2 : 1))
 cd "$(dirname "$0")/.."
 mkdir -p "$results"
 if [ "$part" = speed ]; then
-  timeout -s INT 540 python -m pytest bench/test_speed.py --benchmark-json "$results/speed.json" "$@"
+  timeout -s INT 540 python -m pytest bench/test_speed.py ${DATA:+--data "$DATA"} \
+    --benchmark-json "$results/speed.json" "$@"
 else
   timeout 540 python -m bench --models "$part" ${DATA:+--data "$DATA"} --out "$results" "$@"
 fi

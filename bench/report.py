@@ -24,10 +24,10 @@ CHINESE = {
     "text obeyed": "符合文字",
     "lines of its file": "文件行数",
     "real images": "真实图像",
-    "importance-weighted bound": "重要性加权上界",
-    "(bound)": "（上界）",
-    "(exact)": "（精确）",
-    "ODE estimate": "ODE 估计",
+    " (importance-weighted bound)": "（重要性加权上界）",
+    " (bound)": "（上界）",
+    " (exact)": "（精确）",
+    " (ODE estimate)": "（ODE 估计）",
 }
 FIGURES = "precision", "recall", "density", "coverage", "sharpness", "nearest", "diversity"
 

@@ -395,11 +395,12 @@ class TestBenchmark:
         files.write(out / "quality.json", {**results, "device": "another"})
         assert "another" in refusal(bench.main, argv)
 
-    def test_speed_is_timed_and_its_table_is_made(self, tmp_path):
+    def test_speed_is_timed_and_its_table_is_made(self, data, tmp_path):
         """Through gpu.sh, which hands its options on to pytest."""
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
         options = ["--quick", "--width", "8", "-k", "[eager-vae-1 or flow-gan and training"]
+        options += ["--data", str(data)]
         call = ["bash", "bench/gpu.sh", "speed", str(tmp_path), *options]
         subprocess.run(call, cwd=report.ROOT, env=env, check=True, capture_output=True)
         speed = files.read(tmp_path / "speed.json")
@@ -418,6 +419,7 @@ class TestBenchmark:
         row |= {"obeyed_by_chance": spread, "diversity": None}
         bits = {"bits_per_dim": 1.234, "kind": "bound", "standard_error": 0.1}
         flow = {**row, "seeds": [0], "evaluations": 2, "updates": 9, "bits_per_dim": bits}
+        flow["width"] = 64
         rows = {"real, held out": row, "flow": flow, "flow, guidance 1": {**flow, "evaluations": 1}}
         (tmp_path / "bench/results/fashion").mkdir(parents=True)
         for folder in ("bench/results", "bench/results/fashion"):
@@ -426,7 +428,9 @@ class TestBenchmark:
         note = {"task": "sampling", "label": "flow", "mode": "eager", "images_per_s": 1234.5}
         note |= {"batch": 16, "seconds": 0.0123, "evaluations": 2, "gflop_per_image": 0.04}
         note |= {"mb_per_image": 7.0, "share_of_ceiling": 0.2}
-        notes = [{"extra_info": row} for row in ({**note, "images_per_s": 90.0}, note)]
+        training = {**note, "task": "training", "updates": 7, "seconds": 2.0, "parameters": 10}
+        rows = {**note, "images_per_s": 90.0}, note, training
+        notes = [{"extra_info": row} for row in rows]
         files.write(tmp_path / "bench/results/speed.json", {"benchmarks": notes})
         (tmp_path / "README.md").write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
         monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -440,6 +444,7 @@ class TestBenchmark:
         page = (tmp_path / "bench/RESULTS.md").read_text()
         assert "## Quality, fashion" in page
         assert "| flow, guidance 1 | 50.0 ± 10.0% | 50.0 ± 10.0% |" in page
+        assert "| 1.23 (bound) | 2 | 64 | 9 | 0.3 |" in page  # minutes
         assert "| flow | eager | 16 | 2 | 1,234 | 12.3 | 0.040 | 7 | 0.20 | - |" in page
         assert "Measured on a card with torch 2.13" in page and "commit abc" in page
         assert (tmp_path / "bench/results/quality_speed.png").exists()

@@ -420,12 +420,8 @@ class Flow(nn.Module):
         return self.synthesize(reversed(z)), sum(log_det)
 
     def inverse(self, z, c, guidance=1.0):
-        """z (B, C, S, S), c (B, E) -> y (B, C, S, S), with guidance of the coarsest picture."""
-        y, _ = self.generate(z, c, guidance)
-        return y
-
-    def generate(self, z, c, guidance):
-        """What inverse gives, and the same without the noise of the coarsest picture."""
+        """z (B, C, S, S), c (B, E) -> y (B, C, S, S), with guidance of the coarsest picture; and y
+        without the noise of that picture."""
         null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
         *parts, h = self.analyze(z.to(c.dtype))
         known, known_null = c[:, :, None, None], null[:, :, None, None]
@@ -497,7 +493,7 @@ class Flow(nn.Module):
     def sample(self, z, c, guidance=1.5, temperature=0.8):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1], the likeliest pixel values of y. A
         temperature under 1 keeps z near the middle: less variety, fewer failures."""
-        _, picture = self.generate(temperature * z, c, guidance)
+        _, picture = self.inverse(temperature * z, c, guidance)
         m = self.smooth(picture, c)
         levels = torch.linspace(-2, 2, 4001, device=m.device)
         likeliest = self.pixel_logits(levels).argmax(1) / 127.5 - 1  # as a table
@@ -589,7 +585,7 @@ class FlowGAN(Flow):
         text = c[::8]
         real = self.clean(self.add_noise(x[::8]), text).detach().clamp(-1, 1)
         z, c = 0.8 * torch.randn_like(real), text.detach()
-        _, picture = self.generate(z, c, 1.5)
+        _, picture = self.inverse(z, c, 1.5)
         fake = self.smooth(picture, c)
         number, log_of_duel = duel(self.critic, real, fake, text, gamma, weight)
         return loss + number, log | log_of_duel

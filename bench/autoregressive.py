@@ -13,7 +13,7 @@ close to it, so that (3) may be small. By (5) this, too, is a function of z ~ N(
 and (6) is its inverse. Sampling keeps the keys and values of the rows above. It still needs one
 evaluation of (3) for each value, one after the other: the other models draw all values at once.
 
-  python -m bench.autoregressive --train     7.9 minutes on two AVX-512 cores
+  python -m bench.autoregressive --train
 """
 
 import math

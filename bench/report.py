@@ -1,10 +1,9 @@
 """Tables and pictures from the JSON files of the benchmarks.
 
-  python -m bench.report
-
-writes the table in README.md and docs/README.zh.md, all tables into bench/RESULTS.md, and
-bench/results/quality_speed.png, from quality.json, which `python -m bench` writes, and speed.json,
-from `pytest bench`. Sub-folders, for other data or machines, become sections of RESULTS.md.
+`python -m bench.report` writes the table in README.md and docs/README.zh.md, all tables into
+bench/RESULTS.md, and bench/results/quality_speed.png, from quality.json, which `python -m bench`
+writes, and speed.json, from `pytest bench`. Sub-folders, for other data or machines, become
+sections of RESULTS.md.
 """
 
 import re
@@ -273,6 +272,8 @@ def results(folder):
                 title += "" if part == folder else f", {part.name}"
                 text = function.__doc__.replace("\n    ", " ")
                 parts += [f"## {title}", text, function(given), where(source)]
+        if (part / "samples.png").exists():
+            parts.append(f"![samples]({(part / 'samples.png').relative_to(folder.parent)})")
     return "\n\n".join(parts) + "\n"
 
 

@@ -122,5 +122,4 @@ def draw(args, model, checkpoint, **options):
     if args.npz:
         np.savez_compressed(args.npz, x=x.movedim(1, 3).numpy(), y=captions)
     titles = [f"{caption}, ..." for caption in captions[:80:8]]
-    rows = (x[:80] / 127.5 - 1).split(8)
-    pictures.picture(args.out / "samples.png", list(zip(titles, rows)))
+    pictures.picture(args.out / "samples.png", list(zip(titles, (x[:80] / 127.5 - 1).split(8))))

@@ -433,6 +433,7 @@ class TestBenchmark:
         notes = [{"extra_info": row} for row in rows]
         files.write(tmp_path / "bench/results/speed.json", {"benchmarks": notes})
         (tmp_path / "README.md").write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
+        (tmp_path / "bench/results/fashion/samples.png").touch()
         monkeypatch.setattr(report, "ROOT", tmp_path)
         monkeypatch.setattr(report, "RESULTS", tmp_path / "bench/results")
         report.main()
@@ -443,6 +444,7 @@ class TestBenchmark:
         assert cells in readme and readme.endswith("|\n<!-- /table -->\nbelow\n")
         page = (tmp_path / "bench/RESULTS.md").read_text()
         assert "## Quality, fashion" in page
+        assert page.count("![samples](") == 1 and "(results/fashion/samples.png)" in page
         assert "| flow, guidance 1 | 50.0 ± 10.0% | 50.0 ± 10.0% |" in page
         assert "| 1.23 (bound) | 2 | 64 | 9 | 0.3 |" in page  # minutes
         assert "| flow | eager | 16 | 2 | 1,234 | 12.3 | 0.040 | 7 | 0.20 | - |" in page

@@ -55,20 +55,18 @@ def quality_against_speed(path, rows, rate):
     axes = figure.subplots()
     curve = [point for name, point in points.items() if name.startswith("diffusion, dpm")]
     curve = np.array(sorted(curve)).reshape(-1, 2)
-    axes.plot(*curve.T, color="tab:gray", zorder=1)
-    middle = np.median([fd for _, fd in points.values()])
-    for name, point in points.items():
-        axes.scatter(*point, color="tab:blue" if name in MODELS else "tab:gray", s=12)
-        if name in MODELS:  # other ways to sample are grey and are in the table
-            above, line = point[1] > middle, {"arrowstyle": "-", "color": "silver"}
-            style = {"xytext": (0, 14 if above else -20), "textcoords": "offset points"}
-            style |= {"ha": "center" if above else "right", "fontsize": 8}
-            axes.annotate(name, point, arrowprops=line, **style)
+    axes.plot(*curve.T, color="silver", zorder=1)
+    worst_first = sorted(points, key=lambda name: -points[name][1])
+    for name in worst_first:
+        if name in MODELS:
+            axes.scatter(*points[name], s=40, label=name)
+    others = [points[name] for name in points if name not in MODELS]
+    others = np.array(others).reshape(-1, 2)
+    axes.scatter(*others.T, color="silver", s=12, label="other settings")
     if "real, held out" in rows:
         real = rows["real, held out"]["fd"]["mean"]
         axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")
-        axes.legend(frameon=False)
-    axes.margins(0.2)
+    figure.legend(loc="outside right upper", frameon=False)
     axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FD (lower is better)")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")

@@ -18,8 +18,9 @@ ddim has eta = 0: no noise is added. ddpm has eta = 1: a step is a draw of q(z_s
 et al. 2020, equation 7). From t = 1, r is 0 and all noise is new: the first z no longer fixes the
 image. dpm, DPM-Solver++(2M) (Lu et al. 2022), is ddim with other guesses: x_hat is replaced by
   x_hat + step / (2 step_before) (x_hat - x_hat_before)                                        (7)
-and eps_hat by what (1) then gives. (7) continues the line through the last two x_hat, in steps of
-log((1 - t) / t). This is infinite at t = 0 and 1: dpm's first two steps and its last are ddim's.
+and eps_hat by what (1) then gives. (7) extends the line through the last two x_hat to the middle of
+the next step, whose length is the change of log((1 - t) / t). This is infinite at t = 0 and 1, so
+dpm's first two steps and its last are ddim's.
 
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
@@ -148,8 +149,8 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
-    is added to that of each word. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
+    that of its place added. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -199,7 +200,7 @@ class Diffusion(nn.Module):
             null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long))
             v_null, v_text = self.velocity(z, t, null), self.velocity(z, t, c)
             return torch.lerp(v_null, v_text, guidance)                        # (4)
-        # waves from a thousand radians to a tenth: all lengths of t from 0 to 1 are told apart
+        # waves from a thousand radians to a tenth, so that small and large differences of t show
         angles = t * 10 ** torch.linspace(3, -1, 64, device=z.device)
         waves = torch.cat([angles.cos(), angles.sin()], -1)
         emb = c + self.time(waves.to(c.dtype))                                 # (B, E)
@@ -324,9 +325,9 @@ def train(args):
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
         # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # 1 in 10 captions and words is hidden: guidance needs a model of the null text
+        # 1 in 10 captions and words are hidden: guidance needs a model of the null text
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = (update - 0.5) / args.train_steps

@@ -1,21 +1,25 @@
 """Flow: one invertible network, from noisy images to N(0, I) and exactly back.
 
   x -> y = x + noise -> coarsest picture, details -> couplings -> z
-  z ~ N(0, I) -> couplings, the coarsest picture first -> y -> m(y), less noisy -> x, an image
+  z ~ N(0, I) -> couplings -> coarsest picture -> less noisy -> couplings -> details -> y
+  y -> m(y), less noisy -> x, an image
 
 The flow sees noisy images: in clean ones many values are equal, where a density would be infinite,
 and small errors would show as dots (noise as in TarFlow, Zhai et al. 2024). Haar's wavelets split
 an image into a picture of half its side and details, and that picture again, until its side is odd
 or at most 256 values are left (Wavelet Flow, Yu et al. 2020). In terms of these,
   y = x + s eps in the details,   x + s_0 eps in the coarsest picture,   eps ~ N(0, I)         (1)
-s_0 is larger. A likelihood counts all values alike, but what a text asks for is in the large forms
-and colours. With s_0 = 0.1, samples of emoji obeyed it two thirds as often. It is exact that
+s_0 is larger: the less noise there is, the more a likelihood gains by small deviations, and the
+less by the large forms and colours that a text asks for. Found by trial: with s_0 = 0.1, samples of
+emoji obeyed their text only two thirds as often. It is exact that
   log p(y | c) = log p(coarsest picture | c) + sum of log p(details | coarser picture, c)      (2)
-The coarser picture is given without the noise of the coarsest, which a network estimates. Each part
-h, the coarsest picture or some details, is made N(0, I): first h <- (h - mean) / std, then by
-couplings (RealNVP, Dinh et al. 2017), given the text's vector c or, for details, features of the
-coarser picture and c. A coupling changes some channels h_b, given the others h_a, which stay:
-  h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, given),   r between -2 and 2           (3)
+The networks see the coarser picture after another one has taken out most of the noise of the
+coarsest; that keeps (2) exact, as it is a function of the noisy one and c. Each part h, the
+coarsest picture or some details, is made N(0, I): first h <- (h - mean) / std, then by couplings
+(RealNVP, Dinh et al. 2017), which know the text's vector c or, for details, features of the coarser
+picture and c. A coupling changes some channels h_b, and is given the others, h_a, which stay; the
+last changes all, by what is known alone:
+  h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, known),   r between -2 and 2           (3)
 So its inverse is exact, and its log-determinant a sum:
   log p = log N(z; 0, I) + log |det dz/dh|,   the sum of all -r and of -log std                (4)
 To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarsest picture first:
@@ -23,12 +27,13 @@ To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarse
 Guidance w, a heuristic (TarFlow has it too), exaggerates what the text changes in that picture:
   (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, ""))                                   (6)
 For w = 1 this is (5). Else r is kept in [-2, 2] and h_b in [-4, 4], which is as far out as training
-images go: beyond, each coupling would drive the next one further out. At last the noise goes: m(y),
-the view that two networks have of the clean image, has some noise tau left. With x_k in [-1, 1] for
-pixel value k, and P(k), how frequent k is in the training images, that k is shown which maximizes
+images go: beyond, each coupling would drive the next one further out. The noise goes in two steps,
+each by a network: that of the coarsest picture before details are drawn, that of the details at
+last. What results, m(y), has some noise tau left. With x_k in [-1, 1] for pixel value k, and P(k),
+how frequent k is in the training images, that k is shown which maximizes
   P(k | y), which is proportional to P(k) N(m(y); x_k, tau^2)                                  (7)
-The first takes the noise out of the coarsest picture and learns by squared error, the other learns
-by the log of (7), which brings flat colours back, black and white among them.
+The first network learns by squared error, the other by the log of (7), which brings flat colours
+back, black and white among them.
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial.
 
   python flow.py --train             on 4,500 captioned digits; then draws runs/flow/samples.png
@@ -103,8 +108,8 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
-    is added to that of each word. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
+    that of its place added. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -293,9 +298,9 @@ class Flow(nn.Module):
         return x + self.synthesize([s * eps for s, eps in parts])              # (1)
 
     def factors(self, y, c, every=1):
-        """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture first; the picture
-        cleaned; and y with this in its place. Details, and y, are of one image in `every`,
-        and the text does not learn from them: that would drown what it learns from the first."""
+        """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture first; that,
+        cleaned; and y with this in its place. To save time, details and y are of one image
+        in `every`. The text learns from the coarsest picture alone: details would outweigh it."""
         *parts, h = self.analyze(y)
         factors = [self.stacks[-1](h, c[:, :, None, None])]
         coarsest = self.clean_coarsest(h, c)
@@ -335,10 +340,11 @@ class Flow(nn.Module):
         return prior.log_prob(z) + log_det                                     # (4)
 
     def loss(self, x, c):
-        """The sum of -log2 p(y | c) per value, minus that of the noise alone; of the squared error
-        of the coarsest picture without noise; and of a quarter of -log2 P(k | y). And what is
-        logged. x (B, C, S, S) is in [-1, 1], c (B, E). The coarsest picture needs most examples and
-        costs least: details learn from every fourth image, the last network from four."""
+        """Three terms, added up, and what is logged, for x (B, C, S, S) in [-1, 1] and c (B, E):
+        -log2 p(y | c) per value, less the noise's own, logged as loss; the squared error of the
+        cleaned coarsest picture, in units of s_0, per value; a quarter of -log2 P(k | y). The
+        coarsest picture needs most examples and costs least: details learn from every fourth image,
+        the last network from four."""
         y = self.add_noise(x)
         factors, coarsest, picture = self.factors(y, c, every=4)
         nats = 0
@@ -477,9 +483,9 @@ def train(args):
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
         # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # 1 in 10 captions and words is hidden: guidance needs a model of the null text
+        # 1 in 10 captions and words are hidden: guidance needs a model of the null text
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = (update - 0.5) / args.train_steps

@@ -2,8 +2,8 @@
 
   z, text -> G -> x_hat;   x or x_hat, text -> D -> how real it looks
 
-G draws an image from a draw of the prior and c, the vector of the text. D reads an image and c. It
-sees x_hat as it is drawn, clamped to the range of the images; so in (2) to (4), too:
+G draws an image from a draw of the prior and c, the vector of the text. D reads an image and c. All
+images that it sees are in [-1, 1]; so, in (2) to (4), x_hat stands for the clamped image:
   x_hat = G(z, c),   z ~ N(0, I);   D(x, c): how real x looks as an image of the text          (1)
 Both losses compare a real and a generated image of one text (Jolicoeur-Martineau 2019), so that G
 gains little by drawing a few kinds of images well. D's loss is small when the real one looks more
@@ -13,12 +13,12 @@ soon tells G what a text asks for (Reed et al. 2016). Two penalties keep D from 
              + gamma / 2 (R1 + R2)                                                             (2)
   G's loss = softplus(D(x, c) - D(x_hat, c))                                                   (3)
   R1 = |grad_x D(x, c)|^2 n / 784, for a real image of n values; R2 the same at x_hat          (4)
-The slope for one value falls as there are more; gamma is for the digits' 784.
-With both penalties, and without c', training that is near the equilibrium converges to it (R3GAN,
-Huang et al. 2024). There D is right as often as it is wrong: sign_rate, the share of pairs with
-D(x, c) > D(x_hat, c), is 1/2. --loss nonsaturating is the textbook's GAN (Goodfellow et al. 2014)
-with R1 alone.
-Where a value of x_hat is out of range, gradients that would push it further out are dropped.
+In a larger image each value matters less to D, so the penalties grow with n; gamma was chosen for
+the digits' 784. With both penalties, and without c', training that is near the equilibrium
+converges to it (R3GAN, Huang et al. 2024); with c' this is not proven. There D is right as often as
+it is wrong: sign_rate, the share of pairs with D(x, c) > D(x_hat, c), is 1/2. --loss nonsaturating
+is the textbook's GAN (Goodfellow et al. 2014), with R1 alone and without c'. Where a value of x_hat
+is out of range, gradients that would push it further out are dropped.
 
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
@@ -147,8 +147,8 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
-    is added to that of each word. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
+    that of its place added. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -178,7 +178,7 @@ class Text(nn.Module):
 class Critic(nn.Module):
     """D for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
     text's vector (Miyato & Koyama 2018). The larger scale is, the faster D learns. Found by trial:
-    16 in gan.py and diffusion-gan, 1 in vae-gan and flow-gan, where another loss teaches more."""
+    16 in gan.py and diffusion-gan, 1 in vae-gan and flow-gan."""
 
     def __init__(self, shape, width, dim, scale=1.0):
         super().__init__()
@@ -229,9 +229,9 @@ class GAN(nn.Module):
 
 def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0, others=0.25):
     """One number by which both players learn, and a log. The number itself means nothing. Its
-    gradient is that of D's loss for the weights of D = critic(x, c) -> (B,), and that of weight
-    times G's loss for fake (B, C, S, S). others is the weight of what D learns from the texts of
-    other images. Weights and bounds of the images other than these are for hybrids.py."""
+    gradient is that of D's loss for c and the weights of D = critic(x, c) -> (B,), and that of
+    weight times G's loss for fake (B, C, S, S). others is the weight of what D learns from texts of
+    other images. hybrids.py passes other values of weight, bound and others."""
     drawn = fake.clamp(-bound, bound)
     images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss ends here
     d = critic(images, torch.cat([c, c]))
@@ -338,9 +338,9 @@ def train(args):
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
         # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # 3 in 100 captions and words is hidden, so that parts of a caption mean something, too
+        # 3 in 100 captions and words are hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.03
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = (update - 0.5) / args.train_steps

@@ -3,7 +3,8 @@
   z or x, text -> the model's own way -> x_hat;   x or x_hat, text -> D -> how real it looks
 
 D learns as in gan.py. The model's loss is its own, L, per value, plus w times that of a generator;
-c is the text's vector, c' another text's, R1 and R2 are the penalties of gan.py (4):
+c is the text's vector, c' another text's, R1 and R2 are the penalties of gan.py (4). gamma is 1, in
+diffusion-gan 0.05, and there is no part with c':
   D's loss = softplus(D(x_hat, c) - D(x, c)) + softplus(D(x, c') - D(x, c)) / 4
              + gamma / 2 (R1 + R2)                                                             (1)
   the model's loss = L + w softplus(D(x, c) - D(x_hat, c))                                     (2)
@@ -11,8 +12,9 @@ c is the text's vector, c' another text's, R1 and R2 are the penalties of gan.py
 vae-gan (Larsen et al. 2016). A VAE averages what z leaves open, and so blurs. Here a reconstruction
 x' of x is compared with x by phi, D's coarsest grid, where blur shows, and only a tenth as much
 pixel by pixel. D compares x with x_hat, drawn from z ~ N(0, I). |.| is the root mean square over
-the batch (each rank's, of several); its log2 is, up to a constant, the bits per value of a normal
-of the best variance (Rybkin et al. 2021). beta falls as in vae.py (4), but to 16; w = 1:
+all values of a batch (with several GPUs, of each one's part); its log2 is, up to a constant, the
+bits per value of a normal of the best variance (Rybkin et al. 2021). beta falls as in vae.py (4),
+but to 16; w = 1:
   L = log2 |phi(x) - phi(x')| + log2 |x - x'| / 10 + beta KL,   beta = 100 * 0.16^progress     (3)
 
 flow-gan (Grover et al. 2018). A flow of high likelihood may still draw what looks wrong. The flow
@@ -22,16 +24,15 @@ The draw has guidance 1.5 and temperature 0.8, as samples have. w = 0.01: more h
   L = the loss of flow.py, which is -log2 p(y | c) and what its (7) needs                      (4)
 
 diffusion-gan (Xiao et al. 2022). A diffusion model in four steps, at t = 2 k / (k + 4) for k = 4,
-3, 2, 1, with x_t = (1 - t) x + t eps. Over so long a step x_s, the next image, is not Gaussian
-given x_t: a generator draws x' = G(x_t, t, z, c) with a z of its own, and from x_t and x' the exact
-posterior q gives x_s, at time s:
+3, 2, 1, with x_t = (1 - t) x + t eps. Over so long a step to s, the time of k - 1, the next image,
+x_s, is not Gaussian given x_t: a generator draws x' = G(x_t, t, z, c) with a z of its own, and from
+x_t and x' the exact posterior q gives x_s:
   q(x_s | x_t, x) = N((a s^2 x_t + (1 - s) b x) / t^2, b s^2 / t^2),
     a = (1 - t) / (1 - s),   b = t^2 - (a s)^2                                                 (5)
-D sees x_t and x_s, stacked as channels. A real x_s is drawn from x, a fake one from x', with one
-eps. L keeps the two close (Xu et al. 2024), as a mean over values; w = 1:
+D sees x_s and x_t, stacked as channels, and c plus a vector of k. A real x_s is drawn from x, a
+fake one from x', with one eps. L keeps them close (Xu et al. 2024), as a mean over values; w = 1:
   L = 20 |x_s from x' - x_s from x|^2                                                          (6)
-Its G learns from (6) what a text asks for, so that D's loss has no part with c': with it, texts
-were obeyed a little more often, and FD was worse, 13 in place of 11.
+From (6), G learns what a text asks for; with c' in D's loss, FD was worse by a fifth.
 
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
@@ -159,8 +160,8 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
-    is added to that of each word. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
+    that of its place added. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -190,7 +191,7 @@ class Text(nn.Module):
 class Critic(nn.Module):
     """D for x (B, C, S, S) and c (B, E) -> (B,): an image's features are projected on the
     text's vector (Miyato & Koyama 2018). The larger scale is, the faster D learns. Found by trial:
-    16 in gan.py and diffusion-gan, 1 in vae-gan and flow-gan, where another loss teaches more."""
+    16 in gan.py and diffusion-gan, 1 in vae-gan and flow-gan."""
 
     def __init__(self, shape, width, dim, scale=1.0):
         super().__init__()
@@ -206,9 +207,9 @@ class Critic(nn.Module):
 
 def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0, others=0.25):
     """One number by which both players learn, and a log. The number itself means nothing. Its
-    gradient is that of D's loss for the weights of D = critic(x, c) -> (B,), and that of weight
-    times G's loss for fake (B, C, S, S). others is the weight of what D learns from the texts of
-    other images. Weights and bounds of the images other than these are for hybrids.py."""
+    gradient is that of D's loss for c and the weights of D = critic(x, c) -> (B,), and that of
+    weight times G's loss for fake (B, C, S, S). others is the weight of what D learns from texts of
+    other images. hybrids.py passes other values of weight, bound and others."""
     drawn = fake.clamp(-bound, bound)
     images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss ends here
     d = critic(images, torch.cat([c, c]))
@@ -398,9 +399,9 @@ class Flow(nn.Module):
         return x + self.synthesize([s * eps for s, eps in parts])              # flow.py (1)
 
     def factors(self, y, c, every=1):
-        """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture first; the picture
-        cleaned; and y with this in its place. Details, and y, are of one image in `every`,
-        and the text does not learn from them: that would drown what it learns from the first."""
+        """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture first; that,
+        cleaned; and y with this in its place. To save time, details and y are of one image
+        in `every`. The text learns from the coarsest picture alone: details would outweigh it."""
         *parts, h = self.analyze(y)
         factors = [self.stacks[-1](h, c[:, :, None, None])]
         coarsest = self.clean_coarsest(h, c)
@@ -440,10 +441,11 @@ class Flow(nn.Module):
         return prior.log_prob(z) + log_det                                     # flow.py (4)
 
     def loss(self, x, c):
-        """The sum of -log2 p(y | c) per value, minus that of the noise alone; of the squared error
-        of the coarsest picture without noise; and of a quarter of -log2 P(k | y). And what is
-        logged. x (B, C, S, S) is in [-1, 1], c (B, E). The coarsest picture needs most examples and
-        costs least: details learn from every fourth image, the last network from four."""
+        """Three terms, added up, and what is logged, for x (B, C, S, S) in [-1, 1] and c (B, E):
+        -log2 p(y | c) per value, less the noise's own, logged as loss; the squared error of the
+        cleaned coarsest picture, in units of s_0, per value; a quarter of -log2 P(k | y). The
+        coarsest picture needs most examples and costs least: details learn from every fourth image,
+        the last network from four."""
         y = self.add_noise(x)
         factors, coarsest, picture = self.factors(y, c, every=4)
         nats = 0
@@ -577,8 +579,8 @@ class FlowGAN(Flow):
 
     def loss(self, x, c, progress=1.0, gamma=1.0, weight=0.01):
         """A number and a log, for x (B, C, S, S) in [-1, 1], c (B, E) and the share of training
-        done. By its gradient the flow and the text learn (2) with (4), and D and the text (1), from
-        each eighth image; in the first 60% of training there is (4) alone."""
+        done. By its gradient the flow learns (2) with (4), D learns (1) from each eighth image, and
+        the text (4) and (1). In the first 60% of training there is (4) alone."""
         loss, log = super().loss(x, c)
         if progress < 0.6:
             return loss, log
@@ -632,7 +634,7 @@ class DiffusionGAN(nn.Module):
 
     def loss(self, x, c, progress=1.0, gamma=0.05, weight=1.0):
         """A number and a log, for x (B, C, S, S) in [-1, 1] and c (B, E). By its gradient D learns
-        (1), the generator (2) with (6), and the text both."""
+        (1) without c', the generator (2) with (6), and the text both, which was best by trial."""
         k = 1 + torch.randint(self.steps, (len(x),), device=x.device)
         t = self.times[k]
         x_t = (1 - t) * x + t * torch.randn_like(x)
@@ -747,7 +749,7 @@ def train(args):
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
         # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
         # some captions and words are hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > args.hide

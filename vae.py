@@ -14,9 +14,10 @@ ELBO, where KL, the divergence of (1) from N(0, I), has a closed form:
   log p(x | c) >= E log p(x | z, c) - KL                                                       (3)
 Training minimizes the negative of this bound, with a weight beta on the KL:
   loss = -E log p(x | z, c) + beta KL,   beta = 100^(1 - progress)                             (4)
-At first beta is 100: z is too costly to carry what the text says, so the decoder must take that
-from the text. Then beta falls geometrically to 1, where (4) is the negative of (3). The usual
-warm-up, beta from 0 to 1, lets z learn what the text says, and the text is ignored.
+beta starts at 100, where z is too costly to carry what the text says, so that the decoder must take
+that from the text. It falls geometrically, from the first update on, to 1, where (4) is the
+negative of (3). The usual warm-up, beta from 0 to 1, lets z learn what the text says, and the text
+is ignored.
 
 To sample, z is drawn from N(0, I), and l is shown. It is blurred, as it is an average of the images
 that z leaves open; the noise of (2) about l, of which the likelihood speaks, is not shown.
@@ -148,8 +149,8 @@ def words_of(caption):
 
 
 class Text(nn.Module):
-    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since the vector of its place
-    is added to that of each word. The mean over no words, that of "", is 0."""
+    """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
+    that of its place added. The mean over no words, that of "", is 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -314,9 +315,9 @@ def train(args):
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
         # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # hash(-1) is hash(-2)
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
         i = torch.randint(len(x), (args.batch_size // RANKS,))
-        # 1 in 100 captions and words is hidden, so that parts of a caption mean something, too
+        # 1 in 100 captions and words are hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.01
         words = ids[i] * seen[:, :1] * seen[:, 1:]
         progress = (update - 0.5) / args.train_steps

@@ -157,7 +157,8 @@ def quality_table(files):
     trained model. The columns after "text obeyed" are its parts; bench/quality.py defines all.
     Minutes are updates times what one takes on a quiet machine; one-step's add to diffusion's."""
     rows = files["quality"]["rows"]
-    seconds = {row["label"]: row["seconds"] for row in measured(files["speed"], "training")}
+    training = measured(files["speed"], "training")
+    seconds = {row["label"]: row["seconds"] for row in training if row["mode"] == "eager"}
     names, body = list(next(iter(rows.values()))["agreement"]), []
     for label, row in rows.items():
         cells = [label]

@@ -429,7 +429,7 @@ class TestBenchmark:
         note |= {"batch": 16, "seconds": 0.0123, "evaluations": 2, "gflop_per_image": 0.04}
         note |= {"mb_per_image": 7.0, "share_of_ceiling": 0.2}
         training = {**note, "task": "training", "updates": 7, "seconds": 2.0, "parameters": 10}
-        rows = {**note, "images_per_s": 90.0}, note, training
+        rows = {**note, "images_per_s": 90}, note, training, {**training, "mode": "", "seconds": 9}
         notes = [{"extra_info": row} for row in rows]
         files.write(tmp_path / "bench/results/speed.json", {"benchmarks": notes})
         (tmp_path / "README.md").write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")

@@ -9,7 +9,8 @@
 writes quality.json, a row a way to sample, samples.png and quality_speed.png into --out. An
 interrupted call goes on where it stopped: a run is resumed, and a row that is there for the same
 number of updates and samples is not measured again. Speed is `pytest bench`, whose speed.json
-belongs into the same folder, or for a GPU into gpu/ below it.
+belongs into the same folder, or for a GPU into gpu/ below it. All seeds of one-step start from the
+one run of diffusion beside them.
 """
 
 import argparse
@@ -67,6 +68,7 @@ def main(argv=None):
         if results.get(key) != here[key]:
             raise SystemExit(f"{path} has another {key}, {results.get(key)}: move it away")
     rows, n = results["rows"], 200 if args.quick else 500
+    more_seeds = SEEDS[1:] if args.seeds else ()
 
     flags = [*training, "--device", args.device]
     if data:
@@ -75,26 +77,29 @@ def main(argv=None):
         steps = models.flags(name, *flags).train_steps
         steps = int(args.times * steps / (12 if args.quick else 1))
         train(name, runs / name, steps, *flags)
-        for seed in SEEDS[1:] if args.seeds else ():
+        for seed in more_seeds:
             train(name, runs / f"{name}-{seed}", steps, *flags, "--seed", str(seed))
 
     print("a classifier of real images learns to read")
     judge = Judge(data)
     captions = [judge.captions_test[i] for i in models.evenly(n, len(judge.x_test))]
 
-    def add(label, row, **stamp):
+    def add(rows, label, row, **stamp):
         rows[label] = {"commit": here["commit"], **row, **stamp}
         files.write(path, results)
 
+    def stamp_of(model, checkpoint):
+        return {"updates": checkpoint["update"], "n": n, "width": model.args.get("width")}
+
     for label, images in judge.baselines(n).items():
         if label not in rows:
-            add(label, summary([judge.measure(*images)]))
+            add(rows, label, summary([judge.measure(*images)]))
     texts, strips = args.caption or [captions[i] for i in models.evenly(10, n)], []
     for name in args.models:
         model, checkpoint = models.load(runs / name, args.device)
         strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
         for label, options in models.settings(name).items():
-            stamp = {"updates": checkpoint["update"], "n": n, "width": model.args.get("width")}
+            stamp = stamp_of(model, checkpoint)
             if stamp.items() <= rows.get(label, {}).items():
                 continue
             print(f"measuring {label}", flush=True)
@@ -105,12 +110,18 @@ def main(argv=None):
                 some = 50 if args.quick else 500
                 given = judge.x_test, judge.captions_test
                 row["bits_per_dim"] = likelihood.measure(model, *given, some)
-            add(label, row, **stamp)
+            add(rows, label, row, **stamp)
 
-    for name, seed in product(args.models, SEEDS[1:] if args.seeds else ()):
+    for name, seed in product(args.models, more_seeds):
         model, checkpoint = models.load(runs / f"{name}-{seed}", args.device)
-        measured = [judge.measure(models.draw(model, captions, 0), captions)]
-        add(f"{name}, seed {seed}", summary(measured), updates=checkpoint["update"], n=n)
+        others = results.setdefault("other_seeds", {}).setdefault(str(seed), {})
+        for label, options in models.settings(name).items():
+            stamp = stamp_of(model, checkpoint)
+            if stamp.items() <= others.get(label, {}).items():
+                continue
+            print(f"measuring {label}, training seed {seed}", flush=True)
+            row = judge.measure(models.draw(model, captions, 0, **options), captions)
+            add(others, label, summary([row]), **stamp)
 
     if strips:
         seen = set(judge.captions)

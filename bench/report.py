@@ -44,18 +44,17 @@ CLAIMS = (  # statement, of which way to sample, against which, in what, and whe
 
 
 def spread(values):
-    """Mean and standard deviation, as plain numbers."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and standard deviation, as plain numbers; one value has no deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": deviation}
 
 
-def number(value, digits=2):
-    """A figure, with its spread where it has one; a dash where there is none."""
+def number(value, digits=2, scale=1):
+    """A figure, with its deviation where it has one; a dash where there is none."""
     if value is None:
         return "-"
-    if not isinstance(value, dict):
-        return f"{value:.{digits}f}"
-    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+    parts = value.values() if isinstance(value, dict) else [value]
+    return " ± ".join(f"{scale * part:.{digits}f}" for part in parts if part is not None)
 
 
 def significant(value):
@@ -66,10 +65,8 @@ def significant(value):
 
 
 def percent(value, digits=1):
-    """A share with its spread."""
-    if value is None:
-        return "-"
-    return f"{100 * value['mean']:.{digits}f} ± {100 * value['std']:.{digits}f}%"
+    """A share, as number writes it."""
+    return "-" if value is None else f"{number(value, digits, 100)}%"
 
 
 def bits(row):
@@ -81,12 +78,26 @@ def bits(row):
 
 
 def table(head, rows):
-    """A Markdown table."""
+    """A Markdown table; nothing where there are no rows."""
+    if not rows:
+        return ""
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [str(cell).replace("|", "\\|") for cell in row]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def trained(quality, label):
+    """The row of a way to sample, and those of the same model from other training seeds."""
+    others = quality.get("other_seeds", {}).values()
+    return [quality["rows"][label], *(rows[label] for rows in others if label in rows)]
+
+
+def over_seeds(quality, label, figure):
+    """Mean and deviation of a figure over training seeds; None where it is not defined."""
+    values = [row[figure] for row in trained(quality, label)]
+    return None if None in values else spread([value["mean"] for value in values])
 
 
 def measured(speed, task):
@@ -115,9 +126,8 @@ def rates(speed):
 
 def main_table(folder):
     """The README's table, a row a model, as its script samples by default."""
-    rows = read(folder / "quality.json").get("rows", {})
-    rate = rates(read(folder / "speed.json"))
-    body = []
+    quality, rate = read(folder / "quality.json"), rates(read(folder / "speed.json"))
+    rows, body = quality.get("rows", {}), []
     for name in ("real, held out", *MODELS):
         if name not in rows:
             continue
@@ -128,28 +138,60 @@ def main_table(folder):
             model = f"[{name}](/{file})"  # from the root, in any folder's page
             lines = len(Path(script(name).__file__).read_text().splitlines())
         cells = [model, row.get("evaluations", "-"), significant(rate.get(name))]
-        cells += [number(row["fd"], 1), percent(row["obeyed"], 0), bits(row), lines]
+        fd, obeyed = (over_seeds(quality, name, figure) for figure in ("fd", "obeyed"))
+        cells += [number(fd, 1), percent(obeyed, 0), bits(row), lines]
         body.append(cells)
     head = "model", "evaluations an image", "images/s", "FD", "text obeyed", "bits/dim"
     return table([*head, "lines of its file"], body)
 
 
+def claims(files):
+    """A row for each claim whose figures are known."""
+    quality, rate, rows = files["quality"], rates(files["speed"]), []
+
+    def known(label, figure):
+        if figure == "images/s":
+            return label in rate and {"mean": rate[label], "std": 0.0}
+        if label not in quality["rows"]:
+            return None
+        several = len(trained(quality, label)) > 1
+        return over_seeds(quality, label, figure) if several else quality["rows"][label][figure]
+
+    for statement, first, second, figure, sign in CLAIMS:
+        a, b = known(first, figure), known(second, figure)
+        if a and b:
+            holds = sign * (a["mean"] - b["mean"]) > a["std"] + b["std"]
+            if figure == "images/s":
+                cells = significant(a["mean"]), significant(b["mean"]), "-"
+            else:
+                seeds = [f"{len(trained(quality, label))}" for label in (first, second)]
+                cells = number(a), number(b), " and ".join(seeds)
+            rows.append([statement, first, second, figure, *cells, "yes" if holds else "no"])
+    return rows
+
+
 def claims_table(files):
     """Claims with their figures. One holds if the first mean is better than the second by more than
-    the sum of their deviations over sampling seeds. One training seed stands behind a row."""
-    rows, rate = files["quality"]["rows"], rates(files["speed"])
-    figures, body = {}, []
-    for label in rows.keys() & rate.keys():
-        figures[label] = {**rows[label], "images/s": {"mean": rate[label], "std": 0.0}}
-    for statement, first, second, figure, sign in CLAIMS:
-        if {first, second} <= figures.keys():
-            a, b = (figures[label][figure] for label in (first, second))
-            holds = sign * (a["mean"] - b["mean"]) > a["std"] + b["std"]
-            cells = number(a), number(b)
-            if figure == "images/s":
-                cells = significant(a["mean"]), significant(b["mean"])
-            body.append([statement, first, second, figure, *cells, "yes" if holds else "no"])
-    return table(["claim", "first", "second", "figure", "of first", "of second", "holds"], body)
+    the sum of their deviations: over training seeds where there are several, as many as are told,
+    else over three draws from one trained model."""
+    head = "claim", "first", "second", "figure", "of first", "of second", "training seeds", "holds"
+    return table(head, claims(files))
+
+
+def seeds_table(quality):
+    """Mean and deviation over training seeds; in brackets the deviation over three draws from the
+    model of the first seed. One-step's seeds all start from one diffusion model."""
+    body = []
+    for label, row in quality["rows"].items():
+        seeds = len(trained(quality, label))
+        if seeds > 1:
+            cells = []
+            for figure in ("obeyed", "fd", *FIGURES):
+                write = percent if figure == "obeyed" else number
+                within = row[figure] and row[figure]["std"]
+                cells.append(f"{write(over_seeds(quality, label, figure))} ({write(within)})")
+            body.append([label, seeds, *cells])
+    return table(["images", "training seeds", "text obeyed", "FD", *FIGURES], body)
 
 
 def quality_table(files):
@@ -227,28 +269,42 @@ def where(result):
 
 def reading(folder):
     """What the digits' tables say, in a few sentences with their numbers."""
-    rows, rate = read(folder / "quality.json").get("rows", {}), rates(read(folder / "speed.json"))
-    rows = {name: row for name, row in rows.items() if name in MODELS or "guidance" in name}
-    told = ["One trained model stands behind each row: small differences may be chance."]
+    quality, speed = read(folder / "quality.json"), read(folder / "speed.json")
+    rate, rows = rates(speed), quality.get("rows", {})
+    names = [name for name in rows if name in MODELS or "guidance" in name]
+    told = [
+        "± is a deviation over training seeds where several are told of, else over three draws "
+        "from one trained model. Where two figures are closer than that, neither is better.",
+        "Bits/dim: bounds say how good a model is at least, so a lower bound is not yet a better "
+        "model; diffusion's estimate is of pixels with noise added, and compares with no bound.",
+    ]
 
-    def extreme(figure, best):
-        name = best(rows, key=lambda name: rows[name][figure]["mean"])
-        return f"{name} ({number(rows[name][figure])})"
+    def best(figure, write, most):
+        values = {name: over_seeds(quality, name, figure) for name in names}
+        order = sorted(names, key=lambda name: values[name]["mean"], reverse=most)
+        return ", then ".join(f"{name} ({write(values[name])})" for name in order[:2])
 
-    if rows:
-        told.append(f"The smallest FD is that of {extreme('fd', min)}.")
-        told.append(f"Texts are obeyed most by {extreme('obeyed', max)}.")
-        told.append(f"Most blurred is {extreme('sharpness', min)}; 1 is as sharp as real images.")
+    if len(names) > 1:
+        told.append(f"Nearest to real images, by FD: {best('fd', number, False)}.")
+        told.append(f"Texts are obeyed most by {best('obeyed', percent, True)}.")
+        told.append(f"Most blurred: {best('sharpness', number, False)}; real images have 1.")
     for name in ("diffusion", "flow"):
         plain = f"{name}, guidance 1"
         if {name, plain} <= rows.keys():
-            shares = percent(rows[plain]["obeyed"], 0), percent(rows[name]["obeyed"], 0)
-            recall = number(rows[plain]["recall"]), number(rows[name]["recall"])
-            text = f"Guidance takes {name} from {shares[0]} of texts obeyed to {shares[1]}"
-            told.append(f"{text}, and its recall from {recall[0]} to {recall[1]}.")
+            plainly, guided = (
+                (percent(over_seeds(quality, way, "obeyed")), over_seeds(quality, way, "recall"))
+                for way in (plain, name)
+            )
+            text = f"Guidance takes {name} from {plainly[0]} of texts obeyed to {guided[0]}"
+            told.append(f"{text}, its recall from {number(plainly[1])} to {number(guided[1])}.")
     if {"gan", "diffusion"} <= rate.keys():
         times = rate["gan"] / rate["diffusion"]
         told.append(f"In large batches gan draws {times:.0f} times as many images/s as diffusion.")
+    if rows:
+        table = claims({"quality": quality, "speed": speed})
+        failed = [statement for statement, *_, holds in table if holds == "no"]
+        text = f"{len(table) - len(failed)} of {len(table)} claims below hold"
+        told.append(f"{text}; not: {', '.join(failed)}." if failed else f"{text}.")
     return "\n".join(f"- {line}" for line in told)
 
 
@@ -262,6 +318,7 @@ def results(folder):
         quality, bound, stacked, speed = files.values()
         tables = (
             ("Quality", quality_table, quality and files, quality),
+            ("Training seeds", seeds_table, quality, quality),
             ("Claims", claims_table, quality and speed and files, quality),
             ("Words bound to places", bound_table, bound.get("rows"), bound),
             ("StackedMNIST", stacked_table, stacked.get("rows"), stacked),
@@ -269,10 +326,11 @@ def results(folder):
             ("Speed of training", training_table, speed, speed),
         )
         for title, function, given, source in tables:
-            if given:
+            made = function(given) if given else ""
+            if made:
                 title += "" if part == folder else f", {part.name}"
                 text = function.__doc__.replace("\n    ", " ")
-                parts += [f"## {title}", text, function(given), where(source)]
+                parts += [f"## {title}", text, made, where(source)]
         if (part / "samples.png").exists():
             parts.append(f"![samples]({(part / 'samples.png').relative_to(folder.parent)})")
     return "\n\n".join(parts) + "\n"

@@ -392,6 +392,13 @@ class TestBenchmark:
         assert rows["flow"]["seeds"] == [0, 1, 2]
         assert (out / "samples.png").exists()
         assert "| [vae](/vae.py) | 1 | - |" in capsys.readouterr().out
+        bench.main([*argv, "--models", "vae", "--seeds"])
+        bench.main([*argv, "--models", "vae", "--seeds"])
+        assert len(calls) == 15 + 2  # one draw from each of two more training seeds
+        results = files.read(out / "quality.json")
+        assert list(results["other_seeds"]) == ["1", "2"]
+        runs = report.trained(results, "vae")
+        assert len({row["fd"]["mean"] for row in runs}) == 3 and runs[2]["fd"]["std"] is None
         files.write(out / "quality.json", {**results, "device": "another"})
         assert "another" in refusal(bench.main, argv)
 
@@ -411,6 +418,17 @@ class TestBenchmark:
         assert "| flow-gan | eager | 128 |" in report.training_table(speed)
         assert torch.__version__ in report.where(speed)
 
+    def test_a_claim_holds_over_training_seeds(self):
+        rows = {"gan": {"sharpness": {"mean": 1.0, "std": 0.1}}}
+        rows["vae"] = {"sharpness": {"mean": 0.7, "std": 0.1}}
+        files = {"quality": {"rows": rows}, "speed": {}}
+        claim = ["a GAN is sharper than a VAE", "gan", "vae", "sharpness", "1.00 ± 0.10"]
+        assert report.claims(files) == [[*claim, "0.70 ± 0.10", "1 and 1", "yes"]]
+        blurred = {"1": {"gan": {"sharpness": {"mean": 0.6, "std": None}}}}
+        files["quality"]["other_seeds"] = blurred
+        claim[-1] = "0.80 ± 0.28"
+        assert report.claims(files) == [[*claim, "0.70 ± 0.10", "2 and 1", "no"]]
+
     def test_tables_go_between_the_markers_of_a_page(self, tmp_path, monkeypatch):
         spread = {"mean": 0.5, "std": 0.1}
         agreement = {"digit": spread, "slant": {"mean": 0.9, "std": 0.1}}
@@ -422,8 +440,9 @@ class TestBenchmark:
         flow["width"] = 64
         rows = {"real, held out": row, "flow": flow, "flow, guidance 1": {**flow, "evaluations": 1}}
         (tmp_path / "bench/results/fashion").mkdir(parents=True)
+        other = {"1": {"flow": {**flow, "fd": {"mean": 2.5, "std": None}}}}
         for folder in ("bench/results", "bench/results/fashion"):
-            here = {"device": "a card", "torch": "2.13", "commit": "abc"}
+            here = {"device": "a card", "torch": "2.13", "commit": "abc", "other_seeds": other}
             files.write(tmp_path / folder / "quality.json", {**here, "rows": rows})
         note = {"task": "sampling", "label": "flow", "mode": "eager", "images_per_s": 1234.5}
         note |= {"batch": 16, "seconds": 0.0123, "evaluations": 2, "gflop_per_image": 0.04}
@@ -439,18 +458,23 @@ class TestBenchmark:
         report.main()
         readme = (tmp_path / "README.md").read_text()
         lines = len((models.ROOT / "flow.py").read_text().splitlines())
-        cells = f"| [flow](/flow.py) | 2 | 1,234 | 0.5 ± 0.1 | 50 ± 10% | 1.23 (bound) | {lines} |"
+        cells = f"| [flow](/flow.py) | 2 | 1,234 | 1.5 ± 1.4 | 50 ± 0% | 1.23 (bound) | {lines} |"
         assert readme.startswith("above\n<!-- table -->\n| model |") and "old" not in readme
         assert cells in readme and readme.endswith("|\n<!-- /table -->\nbelow\n")
         page = (tmp_path / "bench/RESULTS.md").read_text()
         assert "## Quality, fashion" in page
         assert page.count("![samples](") == 1 and "(results/fashion/samples.png)" in page
         assert "| flow, guidance 1 | 50.0 ± 10.0% | 50.0 ± 10.0% |" in page
+        assert "| flow | 2 | 50.0 ± 0.0% (10.0%) | 1.50 ± 1.41 (0.10) |" in page
+        assert "| real images | - | - | 0.5 | 50% |" in readme
+        assert "Nearest to real images, by FD: flow, guidance 1 (0.50), then flow (1.50" in page
+        assert "## Claims" not in page  # none has its figures
         assert "| 1.23 (bound) | 2 | 64 | 9 | 0.3 |" in page  # minutes
         assert "| flow | eager | 16 | 2 | 1,234 | 12.3 | 0.040 | 7 | 0.20 | - |" in page
         assert "Measured on a card with torch 2.13" in page and "commit abc" in page
         assert (tmp_path / "bench/results/quality_speed.png").exists()
         assert "a \\| b" in report.table(["head"], [["a | b"]])
+        assert report.table(["head"], []) == ""
         assert files.read(tmp_path / "none.json") == {}
 
 

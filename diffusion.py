@@ -18,9 +18,10 @@ ddim has eta = 0: no noise is added. ddpm has eta = 1: a step is a draw of q(z_s
 et al. 2020, equation 7). From t = 1, r is 0 and all noise is new: the first z no longer fixes the
 image. dpm, DPM-Solver++(2M) (Lu et al. 2022), is ddim with other guesses: x_hat is replaced by
   x_hat + step / (2 step_before) (x_hat - x_hat_before)                                        (7)
-and eps_hat by what (1) then gives. (7) extends the line through the last two x_hat to the middle of
-the next step, whose length is the change of log((1 - t) / t). This is infinite at t = 0 and 1, so
-dpm's first two steps and its last are ddim's.
+and eps_hat by what (1) then gives. step is the change of log((1 - t) / t) in a step; (7) extends
+the line through the last two x_hat to the middle of the next step. At t = 1 and t = 0 that log is
+infinite, so the first step and the last are ddim's, and so is the second: the step before it has no
+finite length.
 
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
@@ -61,8 +62,8 @@ RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 class Norm(nn.RMSNorm):
-    """Divides h (B, C, H, W), at each place, by the root mean square of its channels. The channels
-    of a place lie together in memory, so that nothing is copied."""
+    """RMSNorm of h (B, C, H, W) over the channels of each place, with a learned scale. In memory in
+    channels_last order, which train and load set, it copies nothing."""
 
     def forward(self, h):
         return super().forward(h.movedim(1, -1)).movedim(-1, 1)
@@ -70,7 +71,7 @@ class Norm(nn.RMSNorm):
 
 class Block(nn.Module):
     """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
-    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
+    it has no norm: with the penalties of gan.py (4), none is needed (Huang et al. 2024)."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
@@ -150,7 +151,7 @@ def words_of(caption):
 
 class Text(nn.Module):
     """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
-    that of its place added. The mean over no words, that of "", is 0."""
+    that of its place added. "" has no words: the mean is 0, and c what the mlp makes of 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -211,7 +212,7 @@ class Diffusion(nn.Module):
         """(2) for x (B, C, S, S) in [-1, 1] and c (B, E), and what is logged. Pixels are spread
         over their bins, as a density needs continuous values. t is sigmoid(N(1, 1)), since large t
         decide what is drawn (Esser et al. 2024, section 3.1). For one image in ten it is
-        log-uniform on [1e-3, 1], for the small t over which a likelihood integrates."""
+        log-uniform on [1e-3, 1], so that v is learned at small t, too, which bits/dim need."""
         x = x + (torch.rand_like(x) - 0.5) / 127.5
         eps = torch.randn_like(x)
         t = torch.sigmoid(1 + torch.randn(len(x), 1, 1, 1, device=x.device))
@@ -224,7 +225,7 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def sample(self, z, c, steps=20, sampler="ddpm", guidance=1.4):
         """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1]; sampler: ddim, ddpm or dpm."""
-        x_hat_before, step_before = 0, math.inf
+        x_hat_before, step_before = 0, math.inf  # so that (7) changes nothing in the second step
         for t, s in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
             x = x_hat = z - t * self.velocity(z, t, c, guidance)               # (3)
             if sampler == "dpm" and 0 < s < t < 1:
@@ -324,8 +325,9 @@ def train(args):
 
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
-        # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
+        # a batch: seeded at each update, so that a resumed run draws what a whole one draws; -seed
+        # makes seeds -1 and -2 differ, whose hashes are equal
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
         # 1 in 10 captions and words are hidden: guidance needs a model of the null text
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
@@ -343,8 +345,9 @@ def train(args):
         log["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
+        # ema remembers about the last tenth of the updates so far
         for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
+            average.lerp_(p.detach(), 9 / (9 + update))
 
         # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
@@ -412,7 +415,7 @@ def main(argv=None):
     flag("--sample", action="store_true", help="draw with the model in --out")
     flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
     flag("--out", type=Path, default=Path("runs", NAME), help="the folder of the run")
-    flag("--data", help="an .npz of images x and texts y; without it, 5,000 captioned digits")
+    flag("--data", help="an .npz of images x and texts y; without it, captioned digits")
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")

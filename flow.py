@@ -9,31 +9,39 @@ and small errors would show as dots (noise as in TarFlow, Zhai et al. 2024). Haa
 an image into a picture of half its side and details, and that picture again, until its side is odd
 or at most 256 values are left (Wavelet Flow, Yu et al. 2020). In terms of these,
   y = x + s eps in the details,   x + s_0 eps in the coarsest picture,   eps ~ N(0, I)         (1)
-s_0 is larger: the less noise there is, the more a likelihood gains by small deviations, and the
-less by the large forms and colours that a text asks for. Found by trial: with s_0 = 0.1, samples of
-emoji obeyed their text only two thirds as often. It is exact that
+s_0 is larger. With little noise, a likelihood gains most by small deviations, and the network
+neglects the large forms and colours, which a text is about. Found by trial: with s_0 = 0.1, samples
+of emoji obeyed their text only two thirds as often. It is exact that
   log p(y | c) = log p(coarsest picture | c) + sum of log p(details | coarser picture, c)      (2)
-The networks see the coarser picture after another one has taken out most of the noise of the
-coarsest; that keeps (2) exact, as it is a function of the noisy one and c. Each part h, the
-coarsest picture or some details, is made N(0, I): first h <- (h - mean) / std, then by couplings
-(RealNVP, Dinh et al. 2017), which know the text's vector c or, for details, features of the coarser
-picture and c. A coupling changes some channels h_b, and is given the others, h_a, which stay; the
-last changes all, by what is known alone:
+The networks of the details do not see the noisy coarser picture: a denoising network first takes
+most of the noise out of its coarsest part. (2) stays exact, as the cleaned picture is a function of
+the noisy one and c.
+
+Each part h, the coarsest picture or some details, is made N(0, I): first h <- (h - mean) / std,
+then by couplings (RealNVP, Dinh et al. 2017), which know the text's vector c or, for details,
+features of the cleaned coarser picture and c. A coupling changes some channels h_b, and is given
+the others, h_a, which stay; the last changes all, by what is known alone:
   h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, known),   r between -2 and 2           (3)
 So its inverse is exact, and its log-determinant a sum:
   log p = log N(z; 0, I) + log |det dz/dh|,   the sum of all -r and of -log std                (4)
+
 To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarsest picture first:
   h_b <- h_b exp(r) + shift,   and at last h <- h std + mean                                   (5)
-Guidance w, a heuristic (TarFlow has it too), exaggerates what the text changes in that picture:
+Guidance w, a heuristic (TarFlow has it too), exaggerates what the text changes. Only the coarsest
+picture is guided:
   (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, ""))                                   (6)
-For w = 1 this is (5). Else r is kept in [-2, 2] and h_b in [-4, 4], which is as far out as training
-images go: beyond, each coupling would drive the next one further out. The noise goes in two steps,
-each by a network: that of the coarsest picture before details are drawn, that of the details at
-last. What results, m(y), has some noise tau left. With x_k in [-1, 1] for pixel value k, and P(k),
-how frequent k is in the training images, that k is shown which maximizes
+With w = 1 these are net(h_a, c). With another w, r is clamped to [-2, 2] and h_b, after each
+coupling, to [-4, 4], the range of the training images: beyond, each coupling would drive the next
+one further out.
+
+Two networks take noise out: one from the coarsest picture, before details are drawn, and at last
+one from the details. The result is m(y). The noise left in it is taken as normal, with one learned
+deviation tau. With x_k in [-1, 1] for pixel value k, and P(k), how frequent k is in the training
+images, that k is shown which maximizes
   P(k | y), which is proportional to P(k) N(m(y); x_k, tau^2)                                  (7)
-The first network learns by squared error, the other by the log of (7), which brings flat colours
-back, black and white among them.
+This choice brings flat colours back, black and white among them. The first of the two networks
+learns by squared error, the second one, and tau, by -log2 P(k | y).
+
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial.
 
   python flow.py --train             on 4,500 captioned digits; then draws runs/flow/samples.png
@@ -71,8 +79,8 @@ RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 class Norm(nn.RMSNorm):
-    """Divides h (B, C, H, W), at each place, by the root mean square of its channels. The channels
-    of a place lie together in memory, so that nothing is copied."""
+    """RMSNorm of h (B, C, H, W) over the channels of each place, with a learned scale. In memory in
+    channels_last order, which train and load set, it copies nothing."""
 
     def forward(self, h):
         return super().forward(h.movedim(1, -1)).movedim(-1, 1)
@@ -80,7 +88,7 @@ class Norm(nn.RMSNorm):
 
 class Block(nn.Module):
     """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
-    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
+    it has no norm: with the penalties of gan.py (4), none is needed (Huang et al. 2024)."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
@@ -109,7 +117,7 @@ def words_of(caption):
 
 class Text(nn.Module):
     """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
-    that of its place added. The mean over no words, that of "", is 0."""
+    that of its place added. "" has no words: the mean is 0, and c what the mlp makes of 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -298,9 +306,10 @@ class Flow(nn.Module):
         return x + self.synthesize([s * eps for s, eps in parts])              # (1)
 
     def factors(self, y, c, every=1):
-        """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture first; that,
-        cleaned; and y with this in its place. To save time, details and y are of one image
-        in `every`. The text learns from the coarsest picture alone: details would outweigh it."""
+        """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture's first; the
+        coarsest picture, cleaned; and y with the cleaned picture in place of the noisy one. To save
+        time, details and y are of one image in `every`. The text learns from the coarsest picture
+        alone: details would outweigh it."""
         *parts, h = self.analyze(y)
         factors = [self.stacks[-1](h, c[:, :, None, None])]
         coarsest = self.clean_coarsest(h, c)
@@ -341,8 +350,8 @@ class Flow(nn.Module):
 
     def loss(self, x, c):
         """Three terms, added up, and what is logged, for x (B, C, S, S) in [-1, 1] and c (B, E):
-        -log2 p(y | c) per value, less the noise's own, logged as loss; the squared error of the
-        cleaned coarsest picture, in units of s_0, per value; a quarter of -log2 P(k | y). The
+        -log2 p(y | c) per value, minus the noise's entropy, logged as loss; the squared error of
+        the cleaned coarsest picture, in units of s_0, per value; a quarter of -log2 P(k | y). The
         coarsest picture needs most examples and costs least: details learn from every fourth image,
         the last network from four."""
         y = self.add_noise(x)
@@ -364,7 +373,7 @@ class Flow(nn.Module):
         return loss + error + pixels / 4, log
 
     def noise_entropy(self):
-        """That of y given x, in nats per value."""
+        """The entropy of the noise, that is of y given x, in nats per value."""
         share = math.prod(self.coarsest) / math.prod(self.latent_shape)
         log_s = share * math.log(self.coarse_noise)
         log_s += (1 - share) * math.log(self.noise)
@@ -482,8 +491,9 @@ def train(args):
 
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
-        # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
+        # a batch: seeded at each update, so that a resumed run draws what a whole one draws; -seed
+        # makes seeds -1 and -2 differ, whose hashes are equal
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
         # 1 in 10 captions and words are hidden: guidance needs a model of the null text
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.1
@@ -500,8 +510,9 @@ def train(args):
         log["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
+        # ema remembers about the last tenth of the updates so far
         for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
+            average.lerp_(p.detach(), 9 / (9 + update))
 
         # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
@@ -569,7 +580,7 @@ def main(argv=None):
     flag("--sample", action="store_true", help="draw with the model in --out")
     flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
     flag("--out", type=Path, default=Path("runs", NAME), help="the folder of the run")
-    flag("--data", help="an .npz of images x and texts y; without it, 5,000 captioned digits")
+    flag("--data", help="an .npz of images x and texts y; without it, captioned digits")
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")

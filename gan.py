@@ -2,9 +2,11 @@
 
   z, text -> G -> x_hat;   x or x_hat, text -> D -> how real it looks
 
-G draws an image from a draw of the prior and c, the vector of the text. D reads an image and c. All
-images that it sees are in [-1, 1]; so, in (2) to (4), x_hat stands for the clamped image:
+G draws an image from a draw of the prior and c, the vector of the text. D reads an image and c:
   x_hat = G(z, c),   z ~ N(0, I);   D(x, c): how real x looks as an image of the text          (1)
+What D sees of G is clamped to [-1, 1]: in (2) to (4), x_hat stands for the clamped image. Where a
+value is out of range, G's gradient is dropped if it would push the value further out, and kept if
+it brings the value back, which a plain clamp would not do.
 Both losses compare a real and a generated image of one text (Jolicoeur-Martineau 2019), so that G
 gains little by drawing a few kinds of images well. D's loss is small when the real one looks more
 real, and more like its own text than like c', the text of another image: so D learns to read, and
@@ -15,10 +17,9 @@ soon tells G what a text asks for (Reed et al. 2016). Two penalties keep D from 
   R1 = |grad_x D(x, c)|^2 n / 784, for a real image of n values; R2 the same at x_hat          (4)
 In a larger image each value matters less to D, so the penalties grow with n; gamma was chosen for
 the digits' 784. With both penalties, and without c', training that is near the equilibrium
-converges to it (R3GAN, Huang et al. 2024); with c' this is not proven. There D is right as often as
-it is wrong: sign_rate, the share of pairs with D(x, c) > D(x_hat, c), is 1/2. --loss nonsaturating
-is the textbook's GAN (Goodfellow et al. 2014), with R1 alone and without c'. Where a value of x_hat
-is out of range, gradients that would push it further out are dropped.
+converges to it (R3GAN, Huang et al. 2024); with c' this is not proven. At the equilibrium D is
+right as often as it is wrong: sign_rate, the share of pairs with D(x, c) > D(x_hat, c), is 1/2.
+--loss nonsaturating is the textbook's GAN (Goodfellow et al. 2014), with R1 alone and without c'.
 
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
@@ -59,8 +60,8 @@ RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 class Norm(nn.RMSNorm):
-    """Divides h (B, C, H, W), at each place, by the root mean square of its channels. The channels
-    of a place lie together in memory, so that nothing is copied."""
+    """RMSNorm of h (B, C, H, W) over the channels of each place, with a learned scale. In memory in
+    channels_last order, which train and load set, it copies nothing."""
 
     def forward(self, h):
         return super().forward(h.movedim(1, -1)).movedim(-1, 1)
@@ -68,7 +69,7 @@ class Norm(nn.RMSNorm):
 
 class Block(nn.Module):
     """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
-    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
+    it has no norm: with the penalties of gan.py (4), none is needed (Huang et al. 2024)."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
@@ -148,7 +149,7 @@ def words_of(caption):
 
 class Text(nn.Module):
     """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
-    that of its place added. The mean over no words, that of "", is 0."""
+    that of its place added. "" has no words: the mean is 0, and c what the mlp makes of 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -228,12 +229,12 @@ class GAN(nn.Module):
 
 
 def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0, others=0.25):
-    """One number by which both players learn, and a log. The number itself means nothing. Its
-    gradient is that of D's loss for c and the weights of D = critic(x, c) -> (B,), and that of
-    weight times G's loss for fake (B, C, S, S). others is the weight of what D learns from texts of
-    other images. hybrids.py passes other values of weight, bound and others."""
+    """One number by which both players learn, and a log. Of the number, only the gradient means
+    something: for c and the parameters of D = critic(x, c) -> (B,), it is that of D's loss; for
+    fake (B, C, S, S), that of G's loss, times weight. others is the factor of D's term with c', the
+    texts of other images. hybrids.py passes other values of weight, bound and others."""
     drawn = fake.clamp(-bound, bound)
-    images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss ends here
+    images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss sends G nothing
     d = critic(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
     penalties = slope.square().sum((1, 2, 3)) * real[0].numel() / 784
@@ -249,10 +250,11 @@ def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     # G's loss is softplus(gap), which falls as D(fake) rises. By the chain rule its gradient for
     # the fakes is -sigmoid(gap) times D's slope there, and the slope is known from the penalties.
-    # So the slope, held fixed, times fake has that gradient. Where a value is out of range, the
-    # minimum is fake's if the slope points back in, else drawn's, whose gradient is 0.
-    _, slope = slope.detach().chunk(2)
-    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))
+    # So the slope, held fixed, times fake has that gradient. Of a value in range both products are
+    # equal. Of one out of range, that of fake is the smaller if D rises as the value comes back;
+    # else that of drawn is, and its gradient is 0.
+    _, slope_fake = slope.detach().chunk(2)
+    rise = torch.minimum(slope_fake * fake, slope_fake * drawn).sum((1, 2, 3))
     loss = loss_d - weight * gap.sigmoid().detach() * rise                     # (3)
     log = {"loss_d": loss_d, "loss_g": F.softplus(gap), "margin": d_real - d_fake}
     log |= {"sign_rate": (d_real > d_fake).float(), "r1": r1, "r2": r2}
@@ -337,8 +339,9 @@ def train(args):
 
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
-        # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
+        # a batch: seeded at each update, so that a resumed run draws what a whole one draws; -seed
+        # makes seeds -1 and -2 differ, whose hashes are equal
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
         # 3 in 100 captions and words are hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.03
@@ -356,8 +359,9 @@ def train(args):
             log[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
+        # ema remembers about the last tenth of the updates so far
         for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
+            average.lerp_(p.detach(), 9 / (9 + update))
 
         # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
@@ -425,7 +429,7 @@ def main(argv=None):
     flag("--sample", action="store_true", help="draw with the model in --out")
     flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
     flag("--out", type=Path, default=Path("runs", NAME), help="the folder of the run")
-    flag("--data", help="an .npz of images x and texts y; without it, 5,000 captioned digits")
+    flag("--data", help="an .npz of images x and texts y; without it, captioned digits")
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")

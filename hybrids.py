@@ -2,26 +2,28 @@
 
   z or x, text -> the model's own way -> x_hat;   x or x_hat, text -> D -> how real it looks
 
-D learns as in gan.py. The model's loss is its own, L, per value, plus w times that of a generator;
-c is the text's vector, c' another text's, R1 and R2 are the penalties of gan.py (4). gamma is 1, in
-diffusion-gan 0.05, and there is no part with c':
+D learns as in gan.py; what it sees as x and as x_hat is told of each model. The model's loss is its
+own, L, per value, plus w times that of a generator. c is the text's vector, c' another text's, R1
+and R2 are the penalties of gan.py (4), and gamma is 1:
   D's loss = softplus(D(x_hat, c) - D(x, c)) + softplus(D(x, c') - D(x, c)) / 4
              + gamma / 2 (R1 + R2)                                                             (1)
   the model's loss = L + w softplus(D(x, c) - D(x_hat, c))                                     (2)
 
-vae-gan (Larsen et al. 2016). A VAE averages what z leaves open, and so blurs. Here a reconstruction
-x' of x is compared with x by phi, D's coarsest grid, where blur shows, and only a tenth as much
-pixel by pixel. D compares x with x_hat, drawn from z ~ N(0, I). |.| is the root mean square over
-all values of a batch (with several GPUs, of each one's part); its log2 is, up to a constant, the
-bits per value of a normal of the best variance (Rybkin et al. 2021). beta falls as in vae.py (4),
-but to 16; w = 1:
-  L = log2 |phi(x) - phi(x')| + log2 |x - x'| / 10 + beta KL,   beta = 100 * 0.16^progress     (3)
+vae-gan (Larsen et al. 2016). A VAE averages what z leaves open, and so blurs. Here x_rec, the
+reconstruction of x, is compared with x by phi, D's coarsest grid, where blur shows, and only a
+tenth as much pixel by pixel. D sees x, and as x_hat an image decoded from z ~ N(0, I). |.| is the
+root mean square over all values of a batch (with several GPUs, of each one's part); its log2 is, up
+to a constant, the bits per value of a normal of the best variance (Rybkin et al. 2021). KL is in
+bits per value, too. beta falls as in vae.py (4), but only to 16, by trial; w = 1:
+  L = log2 |phi(x) - phi(x_rec)| + log2 |x - x_rec| / 10 + beta KL,
+    beta = 100 * 0.16^progress                                                                 (3)
 
 flow-gan (Grover et al. 2018). A flow of high likelihood may still draw what looks wrong. The flow
 of flow.py learns alone in the first 60% of the updates. Then D compares, for every eighth image, m
 of x with fresh noise and m of a draw of the flow, m as in flow.py (7): both lack what m takes out.
-The draw has guidance 1.5 and temperature 0.8, as samples have. w = 0.01: more harms the likelihood.
-  L = the loss of flow.py, which is -log2 p(y | c) and what its (7) needs                      (4)
+The draw has guidance 1.5 and temperature 0.8, as samples have; the networks of m learn from it,
+too. w = 0.01: more harms the likelihood.
+  L = Flow.loss: -log2 p(y | c) minus the noise's entropy, and the losses of m's two networks    (4)
 
 diffusion-gan (Xiao et al. 2022). A diffusion model in four steps, at t = 2 k / (k + 4) for k = 4,
 3, 2, 1, with x_t = (1 - t) x + t eps. Over so long a step to s, the time of k - 1, the next image,
@@ -32,7 +34,8 @@ x_t and x' the exact posterior q gives x_s:
 D sees x_s and x_t, stacked as channels, and c plus a vector of k. A real x_s is drawn from x, a
 fake one from x', with one eps. L keeps them close (Xu et al. 2024), as a mean over values; w = 1:
   L = 20 |x_s from x' - x_s from x|^2                                                          (6)
-From (6), G learns what a text asks for; with c' in D's loss, FD was worse by a fifth.
+gamma is 0.05 here. From (6), G learns what a text asks for, so that (1) goes without its term with
+c': with it, samples were further from real images, by a fifth in the Frechet distance of bench/.
 
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
@@ -72,8 +75,8 @@ RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 class Norm(nn.RMSNorm):
-    """Divides h (B, C, H, W), at each place, by the root mean square of its channels. The channels
-    of a place lie together in memory, so that nothing is copied."""
+    """RMSNorm of h (B, C, H, W) over the channels of each place, with a learned scale. In memory in
+    channels_last order, which train and load set, it copies nothing."""
 
     def forward(self, h):
         return super().forward(h.movedim(1, -1)).movedim(-1, 1)
@@ -81,7 +84,7 @@ class Norm(nn.RMSNorm):
 
 class Block(nn.Module):
     """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
-    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
+    it has no norm: with the penalties of gan.py (4), none is needed (Huang et al. 2024)."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
@@ -161,7 +164,7 @@ def words_of(caption):
 
 class Text(nn.Module):
     """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
-    that of its place added. The mean over no words, that of "", is 0."""
+    that of its place added. "" has no words: the mean is 0, and c what the mlp makes of 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -206,12 +209,12 @@ class Critic(nn.Module):
 
 
 def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.0, others=0.25):
-    """One number by which both players learn, and a log. The number itself means nothing. Its
-    gradient is that of D's loss for c and the weights of D = critic(x, c) -> (B,), and that of
-    weight times G's loss for fake (B, C, S, S). others is the weight of what D learns from texts of
-    other images. hybrids.py passes other values of weight, bound and others."""
+    """One number by which both players learn, and a log. Of the number, only the gradient means
+    something: for c and the parameters of D = critic(x, c) -> (B,), it is that of D's loss; for
+    fake (B, C, S, S), that of G's loss, times weight. others is the factor of D's term with c', the
+    texts of other images. hybrids.py passes other values of weight, bound and others."""
     drawn = fake.clamp(-bound, bound)
-    images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss ends here
+    images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss sends G nothing
     d = critic(images, torch.cat([c, c]))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
     penalties = slope.square().sum((1, 2, 3)) * real[0].numel() / 784
@@ -227,10 +230,11 @@ def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     # G's loss is softplus(gap), which falls as D(fake) rises. By the chain rule its gradient for
     # the fakes is -sigmoid(gap) times D's slope there, and the slope is known from the penalties.
-    # So the slope, held fixed, times fake has that gradient. Where a value is out of range, the
-    # minimum is fake's if the slope points back in, else drawn's, whose gradient is 0.
-    _, slope = slope.detach().chunk(2)
-    rise = torch.minimum(slope * fake, slope * drawn).sum((1, 2, 3))
+    # So the slope, held fixed, times fake has that gradient. Of a value in range both products are
+    # equal. Of one out of range, that of fake is the smaller if D rises as the value comes back;
+    # else that of drawn is, and its gradient is 0.
+    _, slope_fake = slope.detach().chunk(2)
+    rise = torch.minimum(slope_fake * fake, slope_fake * drawn).sum((1, 2, 3))
     loss = loss_d - weight * gap.sigmoid().detach() * rise                     # gan.py (3)
     log = {"loss_d": loss_d, "loss_g": F.softplus(gap), "margin": d_real - d_fake}
     log |= {"sign_rate": (d_real > d_fake).float(), "r1": r1, "r2": r2}
@@ -399,9 +403,10 @@ class Flow(nn.Module):
         return x + self.synthesize([s * eps for s, eps in parts])              # flow.py (1)
 
     def factors(self, y, c, every=1):
-        """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture first; that,
-        cleaned; and y with this in its place. To save time, details and y are of one image
-        in `every`. The text learns from the coarsest picture alone: details would outweigh it."""
+        """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture's first; the
+        coarsest picture, cleaned; and y with the cleaned picture in place of the noisy one. To save
+        time, details and y are of one image in `every`. The text learns from the coarsest picture
+        alone: details would outweigh it."""
         *parts, h = self.analyze(y)
         factors = [self.stacks[-1](h, c[:, :, None, None])]
         coarsest = self.clean_coarsest(h, c)
@@ -442,8 +447,8 @@ class Flow(nn.Module):
 
     def loss(self, x, c):
         """Three terms, added up, and what is logged, for x (B, C, S, S) in [-1, 1] and c (B, E):
-        -log2 p(y | c) per value, less the noise's own, logged as loss; the squared error of the
-        cleaned coarsest picture, in units of s_0, per value; a quarter of -log2 P(k | y). The
+        -log2 p(y | c) per value, minus the noise's entropy, logged as loss; the squared error of
+        the cleaned coarsest picture, in units of s_0, per value; a quarter of -log2 P(k | y). The
         coarsest picture needs most examples and costs least: details learn from every fourth image,
         the last network from four."""
         y = self.add_noise(x)
@@ -465,7 +470,7 @@ class Flow(nn.Module):
         return loss + error + pixels / 4, log
 
     def noise_entropy(self):
-        """That of y given x, in nats per value."""
+        """The entropy of the noise, that is of y given x, in nats per value."""
         share = math.prod(self.coarsest) / math.prod(self.latent_shape)
         log_s = share * math.log(self.coarse_noise)
         log_s += (1 - share) * math.log(self.noise)
@@ -634,7 +639,8 @@ class DiffusionGAN(nn.Module):
 
     def loss(self, x, c, progress=1.0, gamma=0.05, weight=1.0):
         """A number and a log, for x (B, C, S, S) in [-1, 1] and c (B, E). By its gradient D learns
-        (1) without c', the generator (2) with (6), and the text both, which was best by trial."""
+        (1) without c', the generator (2) with (6), and the text both: by trial, this is better than
+        from D alone, as in gan.py."""
         k = 1 + torch.randint(self.steps, (len(x),), device=x.device)
         t = self.times[k]
         x_t = (1 - t) * x + t * torch.randn_like(x)
@@ -748,8 +754,9 @@ def train(args):
 
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
-        # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
+        # a batch: seeded at each update, so that a resumed run draws what a whole one draws; -seed
+        # makes seeds -1 and -2 differ, whose hashes are equal
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
         # some captions and words are hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > args.hide
@@ -769,8 +776,9 @@ def train(args):
             log[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
+        # ema remembers about the last tenth of the updates so far
         for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
+            average.lerp_(p.detach(), 9 / (9 + update))
 
         # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
@@ -839,7 +847,7 @@ def main(argv=None):
     flag("--sample", action="store_true", help="draw with the model in --out")
     flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
     flag("--out", type=Path, help="the folder of the run [runs/MODEL]")
-    flag("--data", help="an .npz of images x and texts y; without it, 5,000 captioned digits")
+    flag("--data", help="an .npz of images x and texts y; without it, captioned digits")
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")

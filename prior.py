@@ -1,9 +1,9 @@
 """The prior N(0, I): every generator here turns a draw of it, and a text, into an image.
 
-Why a standard normal? It is easy to sample. It is round, so one latent can move to another without
-leaving it (`slerp`). The KL divergence to it from another normal has a closed form (`kl`). And any
-normal draw is a shifted and scaled draw of it, so that gradients reach mu and sigma
-(`reparameterize`).
+Why a standard normal? It is easy to sample. It looks the same in every direction, so that an arc
+between two draws passes only latents as they are drawn (`slerp`). The KL divergence to it from
+another normal has a closed form (`kl`). And any normal draw is a shifted and scaled draw of it, so
+that gradients reach mu and sigma (`reparameterize`).
 """
 
 import math

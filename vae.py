@@ -61,8 +61,8 @@ RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 class Norm(nn.RMSNorm):
-    """Divides h (B, C, H, W), at each place, by the root mean square of its channels. The channels
-    of a place lie together in memory, so that nothing is copied."""
+    """RMSNorm of h (B, C, H, W) over the channels of each place, with a learned scale. In memory in
+    channels_last order, which train and load set, it copies nothing."""
 
     def forward(self, h):
         return super().forward(h.movedim(1, -1)).movedim(-1, 1)
@@ -70,7 +70,7 @@ class Norm(nn.RMSNorm):
 
 class Block(nn.Module):
     """A residual block. emb (B, E) scales and shifts the channels inside. In gan.py and in critics
-    it has no norm: with the penalties, none is needed (Huang et al. 2024)."""
+    it has no norm: with the penalties of gan.py (4), none is needed (Huang et al. 2024)."""
 
     def __init__(self, channels, dim, norm=True):
         super().__init__()
@@ -150,7 +150,7 @@ def words_of(caption):
 
 class Text(nn.Module):
     """Word ids (B, L), 0 for no word, become c (B, E). Order is read, since each word's vector has
-    that of its place added. The mean over no words, that of "", is 0."""
+    that of its place added. "" has no words: the mean is 0, and c what the mlp makes of 0."""
 
     def __init__(self, vocabulary, dim):
         super().__init__()
@@ -314,8 +314,9 @@ def train(args):
 
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1), disable=RANK > 0)
     for update in bar:
-        # a batch: seeded at each update, so that a resumed run draws what a whole one draws
-        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))  # as hash(-1) is hash(-2)
+        # a batch: seeded at each update, so that a resumed run draws what a whole one draws; -seed
+        # makes seeds -1 and -2 differ, whose hashes are equal
+        torch.manual_seed(hash((args.seed, -args.seed, RANK, update)))
         i = torch.randint(len(x), (args.batch_size // RANKS,))
         # 1 in 100 captions and words are hidden, so that parts of a caption mean something, too
         seen = torch.rand(len(i), 1 + ids.shape[1]) > 0.01
@@ -334,8 +335,9 @@ def train(args):
         log["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
+        # ema remembers about the last tenth of the updates so far
         for average, p in zip(ema.parameters(), model.parameters()):
-            average.lerp_(p.detach(), 9 / (9 + update))  # remembers the last tenth so far
+            average.lerp_(p.detach(), 9 / (9 + update))
 
         # now and then the log, a checkpoint, and a few samples
         save = update % args.checkpoint_every == 0 or update == args.train_steps
@@ -403,7 +405,7 @@ def main(argv=None):
     flag("--sample", action="store_true", help="draw with the model in --out")
     flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
     flag("--out", type=Path, default=Path("runs", NAME), help="the folder of the run")
-    flag("--data", help="an .npz of images x and texts y; without it, 5,000 captioned digits")
+    flag("--data", help="an .npz of images x and texts y; without it, captioned digits")
     flag("--seed", type=int, default=0)
     flag("--device", default=here, choices=sorted({here, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the network")

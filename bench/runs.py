@@ -24,7 +24,7 @@ def parser(**defaults):
     flag("--sample", action="store_true", help="draw with the model in --out")
     flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
     flag("--out", type=Path, help="the folder of the run")
-    flag("--data", help="an .npz of images x and texts y; without it, 5,000 captioned digits")
+    flag("--data", help="an .npz of images x and texts y; without it, captioned digits")
     flag("--seed", type=int, default=0)
     flag("--device", default=models.HERE, choices=sorted({models.HERE, "cpu"}))
     flag("--compile", action="store_true", help="torch.compile the loss")

@@ -23,6 +23,9 @@ the line through the last two x_hat to the middle of the next step. At t = 1 and
 infinite, so the first step and the last are ddim's, and so is the second: the step before it has no
 finite length.
 
+Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
+other real images (bench/RESULTS.md): 3.7 minutes, FD 10.6, 95% of texts obeyed.
+
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
   python diffusion.py --train        on 4,500 captioned digits; then runs/diffusion/samples.png

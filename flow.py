@@ -42,6 +42,9 @@ images, that k is shown which maximizes
 This choice brings flat colours back, black and white among them. The first of the two networks
 learns by squared error, the second one, and tau, by -log2 P(k | y).
 
+Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
+other real images (bench/RESULTS.md): 10.9 minutes, FD 20.0, 95% of texts obeyed.
+
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial.
 
   python flow.py --train             on 4,500 captioned digits; then draws runs/flow/samples.png

@@ -21,6 +21,9 @@ converges to it (R3GAN, Huang et al. 2024); with c' this is not proven. At the e
 right as often as it is wrong: sign_rate, the share of pairs with D(x, c) > D(x_hat, c), is 1/2.
 --loss nonsaturating is the textbook's GAN (Goodfellow et al. 2014), with R1 alone and without c'.
 
+Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
+other real images (bench/RESULTS.md): 5.2 minutes, FD 11.7, 98% of texts obeyed.
+
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
   python gan.py --train              on 4,500 captioned digits; then draws runs/gan/samples.png

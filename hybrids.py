@@ -37,6 +37,10 @@ fake one from x', with one eps. L keeps them close (Xu et al. 2024), as a mean o
 gamma is 0.05 here. From (6), G learns what a text asks for, so that (1) goes without its term with
 c': with it, samples were further from real images, by a fifth in the Frechet distance of bench/.
 
+Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
+other real images (bench/RESULTS.md): vae-gan 5.6 minutes, FD 11.5, 95% of texts obeyed; flow-gan
+14.5 minutes, FD 16.5, 97% of texts obeyed; diffusion-gan 4.8 minutes, FD 15.3, 95% of texts obeyed.
+
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
   python hybrids.py --train --model vae-gan       or flow-gan, diffusion-gan; draws samples.png

@@ -22,6 +22,9 @@ is ignored.
 To sample, z is drawn from N(0, I), and l is shown. It is blurred, as it is an average of the images
 that z leaves open; the noise of (2) about l, of which the likelihood speaks, is not shown.
 
+Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
+other real images (bench/RESULTS.md): 3.2 minutes, FD 18.0, 89% of texts obeyed.
+
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 
   python vae.py --train              on 4,500 captioned digits; then draws runs/vae/samples.png

@@ -579,6 +579,17 @@ def test_the_pages_have_the_table_of_the_results():
     assert "模型" in report.page_table(report.RESULTS, report.PAGES[1])
 
 
+def test_headers_have_the_figures_of_the_results():
+    quality = files.read(report.RESULTS / "quality.json")
+    training = report.measured(files.read(report.RESULTS / "speed.json"), "training")
+    seconds = {row["label"]: row["seconds"] * row["updates"] for row in training}
+    for name in "vae gan diffusion flow vae-gan flow-gan diffusion-gan".split():
+        fd, obeyed = (report.over_seeds(quality, name, figure) for figure in ("fd", "obeyed"))
+        text = f"{seconds[name] / 60:.1f} minutes, FD {report.number(fd, 1)}, "
+        text += f"{report.percent(obeyed, 0)} of texts obeyed"
+        assert text in " ".join(models.script(name).__doc__.split())
+
+
 def test_the_example_of_the_pages_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models.script("vae").main("--train --device cpu --width 8 --train-steps 1 --images 1".split())

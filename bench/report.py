@@ -300,6 +300,13 @@ def reading(folder):
     if {"gan", "diffusion"} <= rate.keys():
         times = rate["gan"] / rate["diffusion"]
         told.append(f"In large batches gan draws {times:.0f} times as many images/s as diffusion.")
+    unseen = read(folder / "unseen/quality.json").get("rows", {})
+    obey = [f"{name} {percent(unseen[name]['obeyed'], 0)}" for name in unseen if name in MODELS]
+    if obey:
+        told.append(
+            f"Captions whose words were never seen together are obeyed: {', '.join(obey)}. The "
+            "section unseen has their figures; its FD compares three captions' images with all."
+        )
     if rows:
         table = claims({"quality": quality, "speed": speed})
         failed = [statement for statement, *_, holds in table if holds == "no"]

@@ -451,6 +451,9 @@ class TestBenchmark:
         rows = {**note, "images_per_s": 90}, note, training, {**training, "mode": "", "seconds": 9}
         notes = [{"extra_info": row} for row in rows]
         files.write(tmp_path / "bench/results/speed.json", {"benchmarks": notes})
+        (tmp_path / "bench/results/unseen").mkdir()
+        unseen = {**here, "rows": {"flow": flow}}
+        files.write(tmp_path / "bench/results/unseen/quality.json", unseen)
         (tmp_path / "README.md").write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
         (tmp_path / "bench/results/fashion/samples.png").touch()
         monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -468,6 +471,7 @@ class TestBenchmark:
         assert "| flow | 2 | 50.0 ± 0.0% (10.0%) | 1.50 ± 1.41 (0.10) |" in page
         assert "| real images | - | - | 0.5 | 50% |" in readme
         assert "Nearest to real images, by FD: flow, guidance 1 (0.50), then flow (1.50" in page
+        assert "never seen together are obeyed: flow 50 ± 10%." in page
         assert "## Claims" not in page  # none has its figures
         assert "| 1.23 (bound) | 2 | 64 | 9 | 0.3 |" in page  # minutes
         assert "| flow | eager | 16 | 2 | 1,234 | 12.3 | 0.040 | 7 | 0.20 | - |" in page

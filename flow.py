@@ -1,8 +1,8 @@
 """Flow: one invertible network, from noisy images to N(0, I) and exactly back.
 
   x -> y = x + noise -> coarsest picture, details -> couplings -> z
-  z ~ N(0, I) -> couplings -> coarsest picture -> less noisy -> couplings -> details -> y
-  y -> m(y), less noisy -> x, an image
+  z ~ N(0, I) -> couplings -> coarsest picture -> less noisy -> couplings -> details -> both as one
+  picture -> less noisy, m(y) -> likeliest pixel values -> x
 
 The flow sees noisy images: in clean ones many values are equal, where a density would be infinite,
 and small errors would show as dots (noise as in TarFlow, Zhai et al. 2024). Haar's wavelets split
@@ -31,8 +31,8 @@ Guidance w, a heuristic (TarFlow has it too), exaggerates what the text changes.
 picture is guided:
   (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, ""))                                   (6)
 With w = 1 these are net(h_a, c). With another w, r is clamped to [-2, 2] and h_b, after each
-coupling, to [-4, 4], the range of the training images: beyond, each coupling would drive the next
-one further out.
+coupling, to [-4, 4], in units of std about the mean, about as far as training images go: beyond,
+each coupling would drive the next one further out.
 
 Two networks take noise out: one from the coarsest picture, before details are drawn, and at last
 one from the details. The result is m(y). The noise left in it is taken as normal, with one learned
@@ -312,8 +312,8 @@ class Flow(nn.Module):
     def factors(self, y, c, every=1):
         """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture's first; the
         coarsest picture, cleaned; and y with the cleaned picture in place of the noisy one. To save
-        time, details and y are of one image in `every`. The text learns from the coarsest picture
-        alone: details would outweigh it."""
+        time, details and y are of one image in `every`. Of the flow's losses, those of the
+        coarsest picture alone teach the text: details would outweigh it."""
         *parts, h = self.analyze(y)
         factors = [self.stacks[-1](h, c[:, :, None, None])]
         coarsest = self.clean_coarsest(h, c)

@@ -221,7 +221,7 @@ class GAN(nn.Module):
 
     def loss(self, x, c, gamma=2.5, kind="relativistic"):
         """duel's number for (2) and (3), and its log, for x (B, C, S, S) in [-1, 1] and c (B, E).
-        c is detached from G: if both players moved the text, they would pull it apart."""
+        c is detached from G: its loss would move the text against D's."""
         z = prior.sample(len(x), *self.latent_shape, device=x.device)
         fake = self.decode(z, c.detach())
         return duel(self.critic, x, fake, c, gamma, kind=kind)
@@ -254,9 +254,9 @@ def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     # G's loss is softplus(gap), which falls as D(fake) rises. By the chain rule its gradient for
     # the fakes is -sigmoid(gap) times D's slope there, and the slope is known from the penalties.
-    # So the slope, held fixed, times fake has that gradient. Of a value in range both products are
-    # equal. Of one out of range, that of fake is the smaller if D rises as the value comes back;
-    # else that of drawn is, and its gradient is 0.
+    # So -sigmoid(gap) times slope times fake, the first two held fixed, has that gradient. Of a
+    # value in range both products below are equal. Of one out of range, that of fake is the smaller
+    # if D rises as the value comes back; else that of drawn is, and its gradient is 0.
     _, slope_fake = slope.detach().chunk(2)
     rise = torch.minimum(slope_fake * fake, slope_fake * drawn).sum((1, 2, 3))
     loss = loss_d - weight * gap.sigmoid().detach() * rise                     # (3)

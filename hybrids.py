@@ -20,10 +20,11 @@ bits per value, too. beta falls as in vae.py (4), but only to 16, by trial; w = 
 
 flow-gan (Grover et al. 2018). A flow of high likelihood may still draw what looks wrong. The flow
 of flow.py learns alone in the first 60% of the updates. Then D compares, for every eighth image, m
-of x with fresh noise and m of a draw of the flow, m as in flow.py (7): both lack what m takes out.
-The draw has guidance 1.5 and temperature 0.8, as samples have; the networks of m learn from it,
-too. w = 0.01: more harms the likelihood.
-  L = Flow.loss: -log2 p(y | c) minus the noise's entropy, and the losses of m's two networks    (4)
+of x with fresh noise and m of a draw of the flow, m as in flow.py (7): both are without most of the
+noise, and before the choice of pixel values. The draw has guidance 1.5 and temperature 0.8, as
+samples have; the networks of m learn from it, too. w = 0.01: more harms the likelihood.
+  L = -log2 p(y | c) minus the noise's entropy, the squared error of m's first network, and a
+    quarter of -log2 P(k | y) (all as in flow.py)                                              (4)
 
 diffusion-gan (Xiao et al. 2022). A diffusion model in four steps, at t = 2 k / (k + 4) for k = 4,
 3, 2, 1, with x_t = (1 - t) x + t eps. Over so long a step to s, the time of k - 1, the next image,
@@ -36,6 +37,8 @@ fake one from x', with one eps. L keeps them close (Xu et al. 2024), as a mean o
   L = 20 |x_s from x' - x_s from x|^2                                                          (6)
 gamma is 0.05 here. From (6), G learns what a text asks for, so that (1) goes without its term with
 c': with it, samples were further from real images, by a fifth in the Frechet distance of bench/.
+
+D's loss and L teach the text, in each of the three; G's loss does so in diffusion-gan alone.
 
 Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
 other real images (bench/RESULTS.md): vae-gan 5.6 minutes, FD 11.5, 95% of texts obeyed; flow-gan
@@ -234,9 +237,9 @@ def duel(critic, real, fake, c, gamma, weight=1.0, kind="relativistic", bound=1.
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     # G's loss is softplus(gap), which falls as D(fake) rises. By the chain rule its gradient for
     # the fakes is -sigmoid(gap) times D's slope there, and the slope is known from the penalties.
-    # So the slope, held fixed, times fake has that gradient. Of a value in range both products are
-    # equal. Of one out of range, that of fake is the smaller if D rises as the value comes back;
-    # else that of drawn is, and its gradient is 0.
+    # So -sigmoid(gap) times slope times fake, the first two held fixed, has that gradient. Of a
+    # value in range both products below are equal. Of one out of range, that of fake is the smaller
+    # if D rises as the value comes back; else that of drawn is, and its gradient is 0.
     _, slope_fake = slope.detach().chunk(2)
     rise = torch.minimum(slope_fake * fake, slope_fake * drawn).sum((1, 2, 3))
     loss = loss_d - weight * gap.sigmoid().detach() * rise                     # gan.py (3)
@@ -409,8 +412,8 @@ class Flow(nn.Module):
     def factors(self, y, c, every=1):
         """z and log |det dz/dh| of each factor of p(y | c), the coarsest picture's first; the
         coarsest picture, cleaned; and y with the cleaned picture in place of the noisy one. To save
-        time, details and y are of one image in `every`. The text learns from the coarsest picture
-        alone: details would outweigh it."""
+        time, details and y are of one image in `every`. Of the flow's losses, those of the
+        coarsest picture alone teach the text: details would outweigh it."""
         *parts, h = self.analyze(y)
         factors = [self.stacks[-1](h, c[:, :, None, None])]
         coarsest = self.clean_coarsest(h, c)
@@ -665,8 +668,8 @@ class DiffusionGAN(nn.Module):
 
     @torch.no_grad()
     def sample(self, z, c, temperature=0.9):
-        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1]. temperature scales the noise of the
-        steps."""
+        """z ~ N(0, I) (B, C, S, S), which is x_t at t = 1, c (B, E) -> x in [-1, 1]. temperature
+        scales eps of (5), not G's own z."""
         for k in torch.arange(self.steps, 0, -1, device=z.device).split(1):
             x = self.denoise(z, k, c)
             z = self.step(x, z, k, temperature * torch.randn_like(z))
@@ -742,7 +745,7 @@ def train(args):
         model.fit(x)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), betas=args.betas, fused=True)
-    players = {"critic": [], "generator": []}
+    players = {"critic": [], "generator": []}  # the text is the critic's
     for name, p in model.named_parameters():
         players["critic" if name.startswith(("critic", "embed")) else "generator"].append(p)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}

@@ -329,7 +329,7 @@ def train(args):
     model.tokenize(args.caption or [""])  # unknown words end the program now, not at the end
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.0, 0.99), fused=True)
-    players = {"critic": [], "generator": []}
+    players = {"critic": [], "generator": []}  # the text is the critic's
     for name, p in model.named_parameters():
         players["critic" if name.startswith(("critic", "embed")) else "generator"].append(p)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}

@@ -89,9 +89,11 @@ def table(head, rows):
 
 
 def trained(quality, label):
-    """The row of a way to sample, and those of the same model from other training seeds."""
-    others = quality.get("other_seeds", {}).values()
-    return [quality["rows"][label], *(rows[label] for rows in others if label in rows)]
+    """The row of a way to sample, and those of the same model from other training seeds, after as
+    many updates."""
+    row = quality["rows"][label]
+    others = [rows[label] for rows in quality.get("other_seeds", {}).values() if label in rows]
+    return [row, *(other for other in others if other.get("updates") == row.get("updates"))]
 
 
 def over_seeds(quality, label, figure):
@@ -308,9 +310,9 @@ def reading(folder):
             "section unseen has their figures; its FD compares three captions' images with all."
         )
     if rows:
-        table = claims({"quality": quality, "speed": speed})
-        failed = [statement for statement, *_, holds in table if holds == "no"]
-        text = f"{len(table) - len(failed)} of {len(table)} claims below hold"
+        every = claims({"quality": quality, "speed": speed})
+        failed = [statement for statement, *_, holds in every if holds == "no"]
+        text = f"{len(every) - len(failed)} of {len(every)} claims below hold"
         told.append(f"{text}; not: {', '.join(failed)}." if failed else f"{text}.")
     return "\n".join(f"- {line}" for line in told)
 

@@ -41,8 +41,9 @@ c': with it, samples were further from real images, by a fifth in the Frechet di
 D's loss and L teach the text, in each of the three; G's loss does so in diffusion-gan alone.
 
 Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
-other real images (bench/RESULTS.md): vae-gan 5.6 minutes, FD 12.8, 96% of texts obeyed; flow-gan
-14.5 minutes, FD 16.5, 97% of texts obeyed; diffusion-gan 4.8 minutes, FD 15.3, 95% of texts obeyed.
+other real images (bench/RESULTS.md): vae-gan 5.6 minutes, FD 12.7 ± 0.6, 95 ± 1% of texts obeyed;
+flow-gan 14.5 minutes, FD 16.5, 97% of texts obeyed; diffusion-gan 4.8 minutes, FD 15.3, 95% of
+texts obeyed.
 
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 

@@ -43,7 +43,7 @@ D's loss and L teach the text, in each of the three; G's loss does so in diffusi
 Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
 other real images (bench/RESULTS.md): vae-gan 5.6 minutes, FD 12.7 ± 0.6, 95 ± 1% of texts obeyed;
 flow-gan 14.5 minutes, FD 16.5, 97% of texts obeyed; diffusion-gan 4.8 minutes, FD 15.3, 95% of
-texts obeyed.
+texts obeyed; ± is over three training seeds.
 
 Numbers without a reason beside them, such as rates and batch sizes, were found by trial on digits.
 

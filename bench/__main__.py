@@ -68,17 +68,18 @@ def main(argv=None):
         if results.get(key) != here[key]:
             raise SystemExit(f"{path} has another {key}, {results.get(key)}: move it away")
     rows, n = results["rows"], 200 if args.quick else 500
-    more_seeds = SEEDS[1:] if args.seeds else ()
+    seeds = SEEDS if args.seeds else SEEDS[:1]
+
+    def run_of(name, seed):
+        return runs / (f"{name}-{seed}" if seed else name)
 
     flags = [*training, "--device", args.device]
     if data:
         flags += ["--data", data]
-    for name in args.models:
+    for name, seed in product(args.models, seeds):
         steps = models.flags(name, *flags).train_steps
         steps = int(args.times * steps / (12 if args.quick else 1))
-        train(name, runs / name, steps, *flags)
-        for seed in more_seeds:
-            train(name, runs / f"{name}-{seed}", steps, *flags, "--seed", str(seed))
+        train(name, run_of(name, seed), steps, *flags, *(("--seed", str(seed)) if seed else ()))
 
     print("a classifier of real images learns to read")
     judge = Judge(data)
@@ -88,40 +89,30 @@ def main(argv=None):
         rows[label] = {"commit": here["commit"], **row, **stamp}
         files.write(path, results)
 
-    def stamp_of(model, checkpoint):
-        return {"updates": checkpoint["update"], "n": n, "width": model.args.get("width")}
-
     for label, images in judge.baselines(n).items():
         if label not in rows:
             add(rows, label, summary([judge.measure(*images)]))
     texts, strips = args.caption or [captions[i] for i in models.evenly(10, n)], []
-    for name in args.models:
-        model, checkpoint = models.load(runs / name, args.device)
-        strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
+    for seed, name in product(seeds, args.models):
+        model, checkpoint = models.load(run_of(name, seed), args.device)
+        stamp = {"updates": checkpoint["update"], "n": n, "width": model.args.get("width")}
+        draws = SEEDS[:1] if seed else SEEDS
+        if seed:
+            rows = results.setdefault("other_seeds", {}).setdefault(str(seed), {})
+        else:
+            strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
         for label, options in models.settings(name).items():
-            stamp = stamp_of(model, checkpoint)
             if stamp.items() <= rows.get(label, {}).items():
                 continue
-            print(f"measuring {label}", flush=True)
-            drawn = [models.draw(model, captions, seed, **options) for seed in SEEDS]
+            print(f"measuring {label}, training seed {seed}", flush=True)
+            drawn = [models.draw(model, captions, draw, **options) for draw in draws]
             row = summary([judge.measure(x, captions) for x in drawn])
-            row |= {"seeds": SEEDS, "evaluations": models.cost(model, **options)["evaluations"]}
-            if label == name:
+            row |= {"seeds": draws, "evaluations": models.cost(model, **options)["evaluations"]}
+            if label == name and not seed:
                 some = 50 if args.quick else 500
                 given = judge.x_test, judge.captions_test
                 row["bits_per_dim"] = likelihood.measure(model, *given, some)
             add(rows, label, row, **stamp)
-
-    for name, seed in product(args.models, more_seeds):
-        model, checkpoint = models.load(runs / f"{name}-{seed}", args.device)
-        others = results.setdefault("other_seeds", {}).setdefault(str(seed), {})
-        for label, options in models.settings(name).items():
-            stamp = stamp_of(model, checkpoint)
-            if stamp.items() <= others.get(label, {}).items():
-                continue
-            print(f"measuring {label}, training seed {seed}", flush=True)
-            row = judge.measure(models.draw(model, captions, 0, **options), captions)
-            add(others, label, summary([row]), **stamp)
 
     if strips:
         seen = set(judge.captions)

@@ -156,8 +156,8 @@ def claims(files):
             return label in rate and {"mean": rate[label], "std": 0.0}
         if label not in quality["rows"]:
             return None
-        several = len(trained(quality, label)) > 1
-        return over_seeds(quality, label, figure) if several else quality["rows"][label][figure]
+        row, *others = trained(quality, label)
+        return over_seeds(quality, label, figure) if others else row[figure]
 
     for statement, first, second, figure, sign in CLAIMS:
         a, b = known(first, figure), known(second, figure)
@@ -269,10 +269,10 @@ def where(result):
     return f"{text} {here.get('numpy')}, commit {', '.join(sorted(map(str, commits)))}."
 
 
-def reading(folder):
+def reading(files, unseen):
     """What the digits' tables say, in a few sentences with their numbers."""
-    quality, speed = read(folder / "quality.json"), read(folder / "speed.json")
-    rate, rows = rates(speed), quality.get("rows", {})
+    quality, rate = files["quality"], rates(files["speed"])
+    rows = quality.get("rows", {})
     names = [name for name in rows if name in MODELS or "guidance" in name]
     told = [
         "± is a deviation over training seeds where several are told of, else over three draws "
@@ -293,16 +293,13 @@ def reading(folder):
     for name in ("diffusion", "flow"):
         plain = f"{name}, guidance 1"
         if {name, plain} <= rows.keys():
-            plainly, guided = (
-                (percent(over_seeds(quality, way, "obeyed")), over_seeds(quality, way, "recall"))
-                for way in (plain, name)
-            )
-            text = f"Guidance takes {name} from {plainly[0]} of texts obeyed to {guided[0]}"
-            told.append(f"{text}, its recall from {number(plainly[1])} to {number(guided[1])}.")
+            shares = [percent(over_seeds(quality, way, "obeyed")) for way in (plain, name)]
+            recall = [number(over_seeds(quality, way, "recall")) for way in (plain, name)]
+            text = f"Guidance takes {name} from {shares[0]} of texts obeyed to {shares[1]}"
+            told.append(f"{text}, its recall from {recall[0]} to {recall[1]}.")
     if {"gan", "diffusion"} <= rate.keys():
         times = rate["gan"] / rate["diffusion"]
         told.append(f"In large batches gan draws {times:.0f} times as many images/s as diffusion.")
-    unseen = read(folder / "unseen/quality.json").get("rows", {})
     obey = [f"{name} {percent(unseen[name]['obeyed'], 0)}" for name in unseen if name in MODELS]
     if obey:
         told.append(
@@ -310,7 +307,7 @@ def reading(folder):
             "section unseen has their figures; its FD compares three captions' images with all."
         )
     if rows:
-        every = claims({"quality": quality, "speed": speed})
+        every = claims(files)
         failed = [statement for statement, *_, holds in every if holds == "no"]
         text = f"{len(every) - len(failed)} of {len(every)} claims below hold"
         told.append(f"{text}; not: {', '.join(failed)}." if failed else f"{text}.")
@@ -320,10 +317,12 @@ def reading(folder):
 def results(folder):
     """All tables of a folder of results, and of its sub-folders, as one page."""
     parts = ["# Results", "Written by `python -m bench.report`; bench/quality.py defines figures."]
-    parts.append(reading(folder))
     for part in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
         names = "quality", "bound", "stacked", "speed"
         files = {name: read(part / f"{name}.json") for name in names}
+        if part == folder:
+            unseen = read(folder / "unseen/quality.json").get("rows", {})
+            parts.append(reading(files, unseen))
         quality, bound, stacked, speed = files.values()
         tables = (
             ("Quality", quality_table, quality and files, quality),

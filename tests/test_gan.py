@@ -10,6 +10,7 @@ from conftest import close, fill_zeros
 from torch import nn
 
 import gan
+import hybrids
 import prior
 
 KINDS = ("relativistic", "nonsaturating")
@@ -93,9 +94,10 @@ def assert_same(ours, truth):
         assert b.any()
 
 
-@pytest.mark.parametrize(("gamma", "weight"), [(0.0, 1.0), (1.5, 1.0), (1.5, 0.3)])
-@each_kind
-def test_one_backward_pass_gives_each_player_its_own_gradient(kind, gamma, weight):
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+@pytest.mark.parametrize("kind", [*KINDS, "with weight"])
+def test_one_backward_pass_gives_each_player_its_own_gradient(kind, gamma):
+    """That of hybrids.py gives the generator's a weight."""
     torch.set_default_dtype(torch.float64)
     g, d = Points(4, 2, 16), Points(2, 1, 16)
     real = torch.randn(8, 2, 1, 1)
@@ -103,7 +105,12 @@ def test_one_backward_pass_gives_each_player_its_own_gradient(kind, gamma, weigh
     c = torch.randn(8, 1)
     weights_g = tuple(g.parameters())
     weights_d = tuple(d.parameters())[:-1]  # its last shift cancels in (3)
-    loss, log = gan.duel(d, real, g(z), c, gamma, weight, kind)
+    weight = 0.3 if kind == "with weight" else 1.0
+    if kind in KINDS:
+        loss, log = gan.duel(d, real, g(z), c, gamma, kind)
+    else:
+        kind = "relativistic"
+        loss, log = hybrids.duel(d, real, g(z), c, gamma, weight)
 
     g.requires_grad_(False)
     loss_d = critics_loss(d, real, g(z), c, gamma, kind)
@@ -168,20 +175,20 @@ def test_eight_gaussians_in_the_plane_are_all_found(kind):
     c = C.expand(128, 1)
     optimizer = torch.optim.AdamW(weights, betas=(0.0, 0.99), fused=True)
     angle = torch.arange(8) * math.pi / 4
-    centres = torch.stack([angle.cos(), angle.sin()], 1)
+    centres = 0.7 * torch.stack([angle.cos(), angle.sin()], 1)
     for step in range(1200):
         centre = centres[torch.randint(8, (128,))]
-        real = centre + 0.05 * torch.randn(128, 2)
+        real = centre + 0.03 * torch.randn(128, 2)
         fake = g(torch.randn(128, 4))
         real = real.view_as(fake)
-        loss, _ = gan.duel(d, real, fake, c, 40, kind=kind, bound=9.0)
+        loss, _ = gan.duel(d, real, fake, c, 20, kind)
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 1200)
         optimizer.step()
     fake = g(torch.randn(2000, 4)).flatten(1)
     distance, nearest = torch.cdist(fake, centres).min(1)
-    good = distance < 0.25
+    good = distance < 0.2
     share = torch.bincount(nearest[good], minlength=8) / 2000
     assert good.float().mean() > 0.7
     assert (share > 0.04).all()

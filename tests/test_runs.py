@@ -33,7 +33,8 @@ def equal(a, b):
 
 def logged(run):
     """What log.jsonl says of each update. The last line of an update counts."""
-    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(row.pop("seconds") >= 0 for row in rows)
     return {row["update"]: row for row in rows}
 
 
@@ -170,12 +171,12 @@ def test_a_checkpoint_rebuilds_its_model(model, finished):
 
 @every_model
 def test_resume_of_a_finished_run_draws_it_and_trains_nothing(model, copied, data):
-    """Model and width are those of the checkpoint."""
+    """The width is that of the checkpoint."""
     run = copied(model)
     (run / "samples.png").unlink()
     before = content(run)
     flags = "--train", "--resume", "--data", data, "--out", run, "--train-steps", "2"
-    module_of(model).main([str(flag) for flag in (*flags, "--device", "cpu", "--images", "2")])
+    call(model, *flags, "--device", "cpu", "--images", "2")
     after = content(run)
     assert len(after.pop("samples.png")) > 1000
     assert after == before
@@ -190,139 +191,73 @@ def test_a_model_in_bfloat16_samples(model, finished):
     assert x.shape == (2, 1, 8, 8) and x.isfinite().all() and x.abs().max() <= 1
 
 
-class Payload:
-    """Unpickled, it would open a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
 @every_model
-def test_what_is_no_run_of_the_script_is_refused_and_left_alone(model, finished, data, tmp_path):
-    other = finished("gan" if model == "vae" else "vae") / "checkpoint.pt"
-    good = (finished(model) / "checkpoint.pt").read_bytes()
-    code = {**checkpoint(finished(model)), "captions": Payload(str(tmp_path / "ran"))}
-    torch.save(code, tmp_path / "code")
-    run = tmp_path / "run"
-    flags = [*tiny(model, data), "--out", run, "--train-steps", "4"]
-    for broken in (None, good[:-999], other.read_bytes(), (tmp_path / "code").read_bytes()):
-        if broken:
-            run.mkdir(exist_ok=True)
-            (run / "checkpoint.pt").write_bytes(broken)
-        for verbs in (["--sample"], ["--train", "--resume"]):
-            assert str(run) in refusal(call, model, *flags, *verbs)
-        assert run.exists() == bool(broken)
-        assert not broken or content(run) == {"checkpoint.pt": broken}
-    assert not (tmp_path / "ran").exists()
-
-
-@every_model
-def test_wrong_flags_are_refused_before_any_work(
-    model, copied, data, tmp_path, capsys, monkeypatch
+def test_what_would_lose_work_or_come_to_nothing_ends_before_training(
+    model, copied, data, tmp_path, capsys
 ):
     run, new = copied(model), tmp_path / "new"
     before = content(run)
-    here = str(torch.accelerator.current_accelerator(check_available=True))
-    absent = "mps" if here == "cuda" else "cuda"
-    wrong = [("--device", absent), ("--images", "many"), ("--out", run)]
-    wrong += [("--width", "12"), ("--width", "0"), ("--lr", "nan")]
-    numbers = "--train-steps", "--batch-size", "--lr", "--checkpoint-every", "--images"
-    wrong += [(flag, value) for flag in numbers for value in ("0", "-1")]
-    (tmp_path / "mine.npz").write_bytes(b"mine")
-    wrong += [("--npz", tmp_path / name) for name in ("mine.npz", "no/where.npz", "no_suffix")]
-    for flag, value in wrong:
+    flags = [*tiny(model, data), "--train", "--train-steps", "4"]
+
+    def error(*argv):
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            call(model, *tiny(model, data), "--train", "--out", new, flag, value)
-        usage, line = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2
-        assert ("--resume" if flag == "--out" else flag) in line
-    monkeypatch.setattr(module_of(model), "which", lambda name: None)
-    with pytest.raises(SystemExit):
-        call(model, *tiny(model, data), "--train", "--out", new, "--compile")
-    assert "C++ compiler" in capsys.readouterr().err
-    line = refusal(call, model, *tiny(model, data), "--train", "--out", new, "--caption", "lft")
+        with pytest.raises(SystemExit):
+            call(model, *argv)
+        return capsys.readouterr().err
+
+    assert "--resume" in error(*flags, "--out", run)
+    new.mkdir()
+    (new / "log.jsonl").touch()  # of a run that has no checkpoint yet
+    assert "--resume" in error(*flags, "--out", new)
+    (new / "log.jsonl").unlink()
+    assert "bench.pack" in error(*flags, "--out", new, "--data", tmp_path)
+    line = refusal(call, model, *flags, "--out", new, "--caption", "lft")
     assert "nearest known: left" in line
-    draw = "--sample", "--device", "cpu", "--out", run, "--images", "2"
-    line = refusal(call, model, *draw, "--caption", "brigt left")
-    assert "brigt" in line and "bright" in line
-    with pytest.raises(SystemExit):
-        call(model, *draw, *("--caption", "left", "--caption", "right", "--caption", "dark"))
-    assert "--caption" in capsys.readouterr().err
-    assert content(run) == before
-    assert not new.exists() and (tmp_path / "mine.npz").read_bytes() == b"mine"
+    line = refusal(call, model, "--sample", "--device", "cpu", "--out", new)
+    assert "checkpoint.pt" in line
+    line = refusal(call, model, "--sample", "--device", "cpu", "--out", run, "--caption", "brigt")
+    assert "bright" in line
+    assert content(run) == before and content(new) == {}
+
+
+def test_no_verb_prints_the_help(capsys):
+    for model in ("vae", "flow-gan"):
+        call(model)
+        assert "--train-steps" in capsys.readouterr().out
+
+
+def test_resume_without_all_parts_of_a_run_ends_there(copied, data):
+    run = copied("vae")
+    for part in ("model", "optimizer"):
+        kept, less = checkpoint(run), checkpoint(run)
+        del less[part]
+        torch.save(less, run / "checkpoint.pt")
+        with pytest.raises(KeyError, match=part):
+            call("vae", *tiny("vae", data), "--train", "--resume", "--out", run)
+        torch.save(kept, run / "checkpoint.pt")
+
+
+def test_more_captions_than_images_are_all_drawn(copied, tmp_path):
+    flags = "--sample", "--device", "cpu", "--out", copied("vae"), "--npz", tmp_path / "a.npz"
+    texts = ["left", "right", "dark"]
+    for images, drawn in (("2", texts), ("5", [*texts, *texts[:2]])):
+        call("vae", *flags, "--images", images, *(f"--caption={text}" for text in texts))
+        assert np.load(tmp_path / "a.npz")["y"].tolist() == drawn
 
 
 @every_model
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(model, copied, data):
+def test_training_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+    model, copied, data, monkeypatch
+):
     run = copied(model)
     before = content(run)
-    flags = [*tiny(model, data), "--train", "--resume", "--out", run, "--lr", "1e30"]
-    assert "lower --lr" in refusal(call, model, *flags, "--train-steps", "12")
+    flags = [*tiny(model, data), "--train", "--resume", "--out", run, "--train-steps", "12"]
+    assert "lower --lr" in refusal(call, model, *flags, "--lr", "1e30")
     assert content(run) == before
-    flags += ["--checkpoint-every", "3"]  # the loss is finite still, the weights are not
-    assert "lower --lr" in refusal(call, model, *flags, "--train-steps", "12")
+    # the loss is finite still, its gradient is not, and a checkpoint is due
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
+    assert "lower --lr" in refusal(call, model, *flags, "--checkpoint-every", "3")
     assert content(run) == before
-
-
-@every_model
-def test_resume_with_other_data_sizes_or_model_is_refused(model, copied, data, tmp_path):
-    run = copied(model)
-    before, own = content(run), np.load(data)
-    x, y = own["x"], own["y"]
-    np.savez(tmp_path / "words.npz", x=x, y=np.char.add(y, " new"))
-    np.savez(tmp_path / "colour.npz", x=np.stack([x] * 3, 3), y=y)
-    flags = "--train", "--resume", "--out", run, "--device", "cpu", "--train-steps", "4"
-    others = ["--data", tmp_path / "words.npz"], ["--data", tmp_path / "colour.npz"], []
-    for other in (*others, ["--data", data, "--width", "16"]):
-        assert "--data" in refusal(call, model, *flags, *other)
-    if model in HYBRIDS:
-        other = HYBRIDS[HYBRIDS.index(model) - 1]
-        assert "--model" in refusal(call, other, *flags, "--data", data)
-    assert content(run) == before
-
-
-def test_a_folder_with_a_log_alone_is_taken_and_one_that_cannot_be_is_told(data, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/log.jsonl").touch()
-    flags = [*tiny("vae", data), "--train"]
-    with pytest.raises(SystemExit):
-        call("vae", *flags, "--out", tmp_path / "run")
-    assert "holds a run" in capsys.readouterr().err
-    (tmp_path / "file").touch()
-    for out in (tmp_path / "file", tmp_path / "file/run"):
-        assert "file" in refusal(call, "vae", *flags, "--out", out)
-
-
-def test_ctrl_c_ends_in_a_line_that_says_how_to_go_on(data, tmp_path, monkeypatch):
-    flags = [*tiny("vae", data), "--train", "--train-steps", "8", "--checkpoint-every", "2"]
-    saved, save = [], torch.save
-
-    def interrupted(value, path):
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        saved.append(save(value, path))
-
-    monkeypatch.setattr(torch, "save", interrupted)
-    line = refusal(call, "vae", *flags, "--out", tmp_path / "run")
-    assert "--train --resume" in line
-    assert checkpoint(tmp_path / "run")["update"] == 4
-    assert torch.get_default_device() == torch.device("cpu")
-
-
-def test_a_disk_that_is_full_is_told_and_leaves_no_half_file(data, tmp_path, monkeypatch):
-    def full(value, path):
-        path.write_bytes(b"half")
-        raise RuntimeError("unexpected pos 704 vs 598")  # torch's words for it
-
-    monkeypatch.setattr(torch, "save", full)
-    run = tmp_path / "run"
-    flags = [*tiny("vae", data), "--train", "--train-steps", "2", "--out", run]
-    assert "is the disk full?" in refusal(call, "vae", *flags)
-    assert content(run).keys() == {"log.jsonl"}
 
 
 @every_model
@@ -330,27 +265,25 @@ def test_a_seed_decides_what_is_drawn_and_the_first_z_of_five_are_those_of_one(
     model, finished, tmp_path
 ):
     run, drawn = finished(model), {}
-    for name, seed, images in (("a", 3, 5), ("b", 3, 2), ("c", -1, 5), ("d", -2, 5)):
+    for name, seed, images in (("a", 3, 5), ("b", 3, 2), ("c", 4, 5)):
         file = tmp_path / f"{name}.npz"
         flags = "--sample", "--device", "cpu", "--out", run, "--seed", seed, "--npz", file
         call(model, *flags, "--images", images)
         drawn[name] = np.load(file)["x"]
     assert not np.array_equal(drawn["a"], drawn["c"])
-    assert not np.array_equal(drawn["c"], drawn["d"])
-    if model not in ("diffusion", "diffusion-gan"):  # which draw more noise, of another shape
+    if model != "diffusion-gan":  # which draws more noise, of another shape
         assert np.array_equal(drawn["a"][:2], drawn["b"])
 
 
-def test_seeds_of_training_differ_also_below_0_and_one_update_trains(data, tmp_path):
-    for seed in (-1, -2):
-        flags = [*tiny("vae", data), "--train", "--train-steps", "1", "--seed", seed]
-        call("vae", *flags, "--out", tmp_path / str(seed))
-    a, b = (logged(tmp_path / str(seed))[1] for seed in (-1, -2))
-    assert a["loss"] != b["loss"]
-    torch.manual_seed(-1)
-    weights = checkpoint(tmp_path / "-1")
-    untrained = type(module_of("vae").load(tmp_path / "-1")[0])(**weights["args"])
-    assert not equal(dict(weights["model"]), dict(untrained.state_dict()))
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_titles_of_any_text_are_drawn(tmp_path):
+    texts = ["红色的狐狸", "$5 and $7", "word " * 2500, "भाषा", "🦊", "$", ""]
+    x = np.random.default_rng(0).integers(0, 256, (7, 128, 128, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", x=x, y=texts)
+    flags = [*tiny("vae", tmp_path / "data.npz"), "--train", "--train-steps", "1"]
+    call("vae", *flags, "--images", "16", "--out", tmp_path / "run")
+    width, height = Image.open(tmp_path / "run/samples.png").size
+    assert 1000 < width < 4000 and 200 < height < 2000
 
 
 def test_the_average_and_the_schedule_are_what_they_say(data, tmp_path, monkeypatch):
@@ -380,25 +313,6 @@ def test_the_average_and_the_schedule_are_what_they_say(data, tmp_path, monkeypa
     kept = checkpoint(tmp_path / "run")["ema"][names[0]]
     share_of_start = np.prod([1 - 9 / (9 + n) for n in range(1, 41)])
     assert close(kept, average, 0, 2 * share_of_start * start.abs().max().item() + 1e-5)
-
-
-def test_titles_of_any_text_are_drawn_without_a_word_and_pictures_in_full_size(tmp_path, recwarn):
-    texts = ["红色的狐狸", "$5 and $7", "word " * 2500, "a \ud800 half", "भाषा", "🦊", ""]
-    x = np.random.default_rng(0).integers(0, 256, (7, 128, 128, 3), np.uint8)
-    np.savez(tmp_path / "data.npz", x=x, y=texts)
-    flags = [*tiny("vae", tmp_path / "data.npz"), "--train", "--train-steps", "1"]
-    call("vae", *flags, "--images", "16", "--out", tmp_path / "run")
-    width, height = Image.open(tmp_path / "run/samples.png").size
-    assert 8 * 128 < width < 2 * 8 * 128 and 2 * 128 < height < 4 * 128
-    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
-
-
-def test_stale_ranks_of_the_environment_are_ignored(finished, tmp_path):
-    run = shutil.copytree(finished("vae"), tmp_path / "run")
-    (run / "samples.png").unlink()
-    flags = "--sample", "--device", "cpu", "--out", run, "--images", "1"
-    process = start(path_of("vae"), flags, tmp_path, {"RANK": "1", "WORLD_SIZE": "2"})
-    assert finish(process) == 0 and (run / "samples.png").exists()
 
 
 def test_compiled_parts_train_and_their_checkpoints_load_as_others(data, tmp_path, monkeypatch):

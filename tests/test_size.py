@@ -1,6 +1,6 @@
 """How long the files are, and how full their lines: a reader's eye should rest.
 
-Lines of code count, without docstrings, comments and blank lines: prose has room.
+Lines of code are those without docstrings, comments and blank lines. Nobody raises a number.
 """
 
 import ast
@@ -11,8 +11,15 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-CODE = {"prior": 30, "vae": 326, "gan": 343, "diffusion": 340, "flow": 445, "hybrids": 642}
-FOLDERS = {"bench": 1810, "tests": 2191}
+SCRIPTS = {  # lines of code, and lines in all
+    "prior": (30, 60),
+    "vae": (280, 400),
+    "gan": (295, 420),
+    "diffusion": (295, 415),
+    "flow": (355, 505),
+    "hybrids": (540, 775),
+}
+FOLDERS = {"bench": 2000, "tests": 2300}  # lines in all
 NO_CODE = "COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER".split()
 
 
@@ -36,20 +43,20 @@ def tokens_of_lines(text):
     return list(counts.values())
 
 
-def length(path):
-    return len(tokens_of_lines((ROOT / path).read_text()))
-
-
-@pytest.mark.parametrize("script", CODE)
-def test_code_lines_of_a_script(script):
-    assert length(f"{script}.py") <= CODE[script]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_lines_of_a_script(script):
+    text = (ROOT / f"{script}.py").read_text()
+    code, lines = SCRIPTS[script]
+    assert len(tokens_of_lines(text)) <= code
+    assert len(text.splitlines()) <= lines
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_lines_of_a_folder(folder):
-    lengths = {path: length(path) for path in python_files() if path.startswith(folder + "/")}
+    paths = [path for path in python_files() if path.startswith(folder + "/")]
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in paths}
     assert sum(lengths.values()) <= FOLDERS[folder], lengths
-    assert folder == "tests" or max(lengths.values()) <= 320, lengths
+    assert folder == "tests" or max(lengths.values()) <= 250, lengths
 
 
 @pytest.mark.parametrize("path", python_files())

@@ -189,7 +189,7 @@ class Diffusion(nn.Module):
         """v_theta for z (B, C, S, S), t a number or (B, 1), c (B, E), guided by (4). The network
         is a U-Net: an encoder, and a decoder that sees the encoder's finer grids."""
         if guidance != 1:
-            null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long))
+            null = self.embed(c.new_zeros(len(c), 1, dtype=torch.long))
             v_null, v_text = self.velocity(z, t, null), self.velocity(z, t, c)
             return torch.lerp(v_null, v_text, guidance)                        # (4)
         # waves from a thousand radians to a tenth, so that small and large differences of t show

@@ -215,7 +215,7 @@ def duel(critic, real, fake, c, gamma, kind="relativistic"):
     fake (B, C, S, S), that of G's loss."""
     drawn = fake.clamp(-1, 1)
     images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss sends G nothing
-    d = critic(images, torch.cat([c, c]))
+    d = critic(images, c.repeat(2, 1))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
     penalties = slope.square().sum((1, 2, 3)) * real[0].numel() / 784
     r1, r2 = penalties.chunk(2)                                                # (4)
@@ -235,8 +235,8 @@ def duel(critic, real, fake, c, gamma, kind="relativistic"):
     keep = slope_fake * (fake - drawn).detach() <= 0
     rise = (keep * slope_fake * fake).sum((1, 2, 3))
     loss = loss_d - gap.sigmoid().detach() * rise                              # (3)
-    log = {"loss_d": loss_d, "loss_g": F.softplus(gap), "margin": d_real - d_fake}
-    log |= {"sign_rate": (d_real > d_fake).float(), "r1": r1, "r2": r2}
+    log = {"loss_d": loss_d, "loss_g": F.softplus(gap), "r1": r1, "r2": r2}
+    log["sign_rate"] = (d_real > d_fake).float()
     return loss.mean(), {name: value.mean() for name, value in log.items()}
 
 
@@ -289,10 +289,8 @@ def train(args):
     model.tokenize(args.caption or [""])  # an unknown word ends the program now, not at the end
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.0, 0.99), fused=True)
-    players = {"critic": [], "generator": []}  # the text is the critic's
-    for name, p in model.named_parameters():
-        judges = name.startswith(("critic", "embed"))
-        players["critic" if judges else "generator"].append(p)
+    critic = [*model.critic.parameters(), *model.embed.parameters()]  # the text is D's
+    generator = [p for p in model.parameters() if p not in {*critic}]
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     if args.resume:
         for name, part in parts.items():
@@ -320,8 +318,9 @@ def train(args):
         if RANKS > 1:
             for p in model.parameters():
                 dist.all_reduce(p.grad)
-        for name, weights in players.items():  # each by itself: D's spikes do not shrink G's step
-            log[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(weights, 1.0)
+        # each by itself: spikes of D's gradient do not shrink G's step
+        log["grad_norm_critic"] = nn.utils.clip_grad_norm_(critic, 1.0)
+        log["grad_norm_generator"] = nn.utils.clip_grad_norm_(generator, 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
         # ema remembers about the last tenth of the updates so far

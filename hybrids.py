@@ -68,7 +68,6 @@ from tqdm import trange
 
 import prior
 
-NAME = Path(__file__).stem
 RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun starts
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -213,7 +212,7 @@ def duel(critic, real, fake, c, gamma, weight=1.0, bound=1.0, others=0.25):
     factor of D's term with c', the texts of other images."""
     drawn = fake.clamp(-bound, bound)
     images = torch.cat([real, drawn]).detach().requires_grad_()  # D's loss sends G nothing
-    d = critic(images, torch.cat([c, c]))
+    d = critic(images, c.repeat(2, 1))
     (slope,) = torch.autograd.grad(d.sum(), images, create_graph=True)
     penalties = slope.square().sum((1, 2, 3)) * real[0].numel() / 784
     r1, r2 = penalties.chunk(2)                                                # gan.py (4)
@@ -230,33 +229,91 @@ def duel(critic, real, fake, c, gamma, weight=1.0, bound=1.0, others=0.25):
     keep = slope_fake * (fake - drawn).detach() <= 0
     rise = (keep * slope_fake * fake).sum((1, 2, 3))
     loss = loss_d - weight * gap.sigmoid().detach() * rise                     # gan.py (3)
-    log = {"loss_d": loss_d, "loss_g": F.softplus(gap), "margin": d_real - d_fake}
-    log |= {"sign_rate": (d_real > d_fake).float(), "r1": r1, "r2": r2}
+    log = {"loss_d": loss_d, "loss_g": F.softplus(gap), "r1": r1, "r2": r2}
+    log["sign_rate"] = (d_real > d_fake).float()
     return loss.mean(), {name: value.mean() for name, value in log.items()}
 
 
-HAAR = [[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]
+class VAEGAN(nn.Module):
+    """vae-gan: p(x | text) for images of a shape (C, S, S) and texts of words in a vocabulary."""
+
+    def __init__(self, shape, vocabulary, width=64, latent=12):
+        super().__init__()
+        self.args = dict(shape=shape, vocabulary=vocabulary, width=width, latent=latent)
+        self.latent_shape = (latent,)
+        dim = 4 * width
+        self.embed = Text(vocabulary, dim)
+        self.tokenize = self.embed.tokenize
+        self.encoder = Encoder(shape, width, dim)
+        self.grid = self.encoder.position.shape
+        self.posterior = nn.Linear(self.grid.numel(), 2 * latent)
+        self.style = nn.Linear(latent, dim)
+        self.start = nn.Linear(dim, self.grid.numel())
+        self.decoder = Decoder(shape, width, dim)
+        self.critic = Critic(shape, width, dim)
+
+    def infer(self, x, c):
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> mu and log sigma^2 of z, (B, n) each."""
+        h, _ = self.encoder(x, c)
+        return self.posterior(h.flatten(1)).chunk(2, 1)
+
+    def decode(self, z, c):
+        """z (B, n), c (B, E) -> images (B, C, S, S), not bounded."""
+        emb = c + self.style(z.to(c.dtype))
+        return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
+
+    def loss(self, x, c, progress=1.0, gamma=1.0):
+        """A number and a log, for x (B, C, S, S) in [-1, 1], c (B, E) and the share of training
+        done. By its gradient D learns (1), the model (2) with (3), and the text L and (1)."""
+        mu, log_var = self.infer(x, c)
+        decoded = self.decode(prior.reparameterize(mu, log_var), c)
+        text = c.detach()
+        image = decoded.detach().requires_grad_()
+        phi_x, _ = self.critic.encoder(x, text)
+        phi_image, _ = self.critic.encoder(image, text)
+        distance = F.mse_loss(phi_image, phi_x).log2() / 2
+        (slope,) = torch.autograd.grad(distance, image)  # for the image, not for D's weights
+        # slope * decoded has the gradient of distance for the decoder
+        loss = (slope * decoded).sum() + F.mse_loss(decoded, x).log2() / 20
+        bits = 1 / (x.numel() * math.log(2))
+        kl = bits * prior.kl(mu, log_var).sum()
+        loss = loss + 100 * 0.16**progress * kl                                # (3)
+        fake = self.decode(torch.randn_like(mu), text)
+        number, log = duel(self.critic, x, fake, c, gamma)
+        return loss + number, log | {"kl": kl}
+
+    @torch.no_grad()
+    def sample(self, z, c):
+        """z ~ N(0, I) (B, n), c (B, E) -> x in [-1, 1] (B, C, S, S)."""
+        return self.decode(z, c).clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode(self, x, c):
+        """x (B, C, S, S) in [-1, 1], c (B, E) -> z (B, n), the mean mu."""
+        return self.infer(x, c)[0]
+
+
+HAAR = [[1, 1], [1, -1]]
 
 
 def split(y):
-    """A step of Haar's wavelets: each 2 x 2 values of an image (B, C, S, S) times HAAR / 2, which
-    is orthogonal and its own inverse. The first of four products is the coarser image (B, C, S/2,
-    S/2), twice the mean, the others are details (B, 3 C, S/2, S/2)."""
-    places = rearrange(y, "b c (h i) (w j) -> b c h w (i j)", i=2, j=2)
-    coarser, *details = (places @ y.new_tensor(HAAR) / 2).unbind(-1)
+    """A step of Haar's wavelets: blocks P of 2 x 2 values of y (B, C, S, S) become HAAR P HAAR / 2,
+    a coarser picture (B, C, S/2, S/2) and details (B, 3 C, S/2, S/2)."""
+    haar = y.new_tensor(HAAR)
+    blocks = rearrange(y, "b c (h i) (w j) -> b c h w i j", i=2, j=2)
+    coarser, *details = (haar @ blocks @ haar / 2).flatten(-2).unbind(-1)
     return coarser, torch.cat(details, 1)
 
 
 def merge(coarser, details):
-    """The inverse of split."""
-    products = torch.stack([coarser, *details.chunk(3, 1)], -1)
-    places = products @ coarser.new_tensor(HAAR) / 2
-    return rearrange(places, "b c h w (i j) -> b c (h i) (w j)", i=2)
+    """The inverse of split, by the same product."""
+    haar = coarser.new_tensor(HAAR)
+    blocks = torch.stack([coarser, *details.chunk(3, 1)], -1).unflatten(-1, (2, 2))
+    return rearrange(haar @ blocks @ haar / 2, "b c h w i j -> b c (h i) (w j)")
 
 
 class Reader(nn.Module):
-    """Reads pictures (B, C, H, H) of a text's c (B, E) -> (B, out, H, H). position tells places
-    apart, which a convolution alone does not."""
+    """Reads pictures (B, C, H, H) of texts' c (B, E) -> (B, out, H, H), each place by itself."""
 
     def __init__(self, channels, side, dim, width, out):
         super().__init__()
@@ -310,8 +367,7 @@ class Coupling(nn.Module):
 
 
 class Stack(nn.Module):
-    """One factor of the density: a part h (B, n, H, W) becomes N(0, I), given what is known
-    (B, m, H, W)."""
+    """One factor of flow.py (2): makes h (B, n, H, W) N(0, I), given what is known (B, m, H, W)."""
 
     def __init__(self, n, known, width, kernel, couplings):
         super().__init__()
@@ -319,8 +375,7 @@ class Stack(nn.Module):
         self.register_buffer("std", torch.ones(()))
         halves = [torch.randperm(n).chunk(2) for _ in range(couplings)]
         halves.append((torch.arange(0), torch.arange(n)))  # all of h, by what is known alone
-        every = [Coupling(*half, known, width, kernel) for half in halves]
-        self.couplings = nn.ModuleList(every)
+        self.couplings = nn.ModuleList(Coupling(*half, known, width, kernel) for half in halves)
 
     def forward(self, h, known):
         h = (h - self.mean) / self.std
@@ -336,9 +391,9 @@ class Stack(nn.Module):
         return h * self.std + self.mean
 
 
-class Flow(nn.Module):
-    """p(x | text) for images of a shape (C, S, S) and texts made of the words in a vocabulary."""
-    noise, coarse_noise = 0.1, 0.3  # s and s_0 in (1)
+class FlowGAN(nn.Module):
+    """flow-gan: the flow of flow.py, and a critic."""
+    noise, coarse_noise = 0.1, 0.3  # s and s_0 in flow.py (1)
 
     def __init__(self, shape, vocabulary, width=64):
         super().__init__()
@@ -358,6 +413,7 @@ class Flow(nn.Module):
         n = math.prod(self.coarsest)
         self.stacks.append(Stack(n, dim, 8 * width, kernel=1, couplings=16))
         self.denoise = Reader(channels, shape[1], dim, width // 2, channels)
+        self.critic = Critic(shape, width // 2, dim)
 
     def analyze(self, y):
         """y (B, C, S, S) -> the details of each of Haar's steps, the finest first, and at last the
@@ -377,12 +433,11 @@ class Flow(nn.Module):
         return y
 
     def fit(self, x):
-        """Takes means and deviations from at most 4,096 training images, uint8 (N, C, S, S)."""
-        x = x[:: 1 + len(x) // 4096]
+        """Takes means and deviations from training images, uint8 (N, C, S, S)."""
+        x = x[:: 1 + len(x) // 4096]  # some of them are enough
         for stack, h, s in zip(self.stacks, self.analyze(x / 127.5 - 1), self.scales):
             stack.mean = h.mean((0, 2, 3))[:, None, None]
-            var = (h - stack.mean).square().mean()
-            stack.std = (var + s**2).sqrt()
+            stack.std = ((h - stack.mean).square().mean() + s**2).sqrt()
 
     def add_noise(self, x):
         """y for x (B, C, S, S) in [-1, 1]."""
@@ -390,9 +445,8 @@ class Flow(nn.Module):
         return x + self.synthesize([s * eps for s, eps in parts])              # flow.py (1)
 
     def factors(self, y, c, every=1):
-        """z and log |det dz/dh| of each part of y, the finest details first; of details for one
-        image in `every`, as they cost most. The text learns from the coarsest picture alone, which
-        details would outweigh."""
+        """z and log |det dz/dh| of each part of y, the finest details first, these of one image in
+        `every`. The text learns from the coarsest picture alone, which details would outweigh."""
         factors = []
         for reader, stack in zip(self.readers, self.stacks):
             y, details = split(y)
@@ -401,15 +455,9 @@ class Flow(nn.Module):
         h, known = y.flatten(1)[..., None, None], c[..., None, None]
         return [*factors, self.stacks[-1](h, known)]
 
-    def forward(self, y, c):
-        """y (B, C, S, S), c (B, E) -> z (B, C, S, S) and log |det dz/dy| (B,). The parts of z are
-        put together as those of an image are: being orthogonal, that leaves N(0, I) as it is."""
-        z, log_det = zip(*self.factors(y, c))
-        return self.synthesize(z), sum(log_det)
-
     def inverse(self, z, c, guidance=1.0):
         """z (B, C, S, S), c (B, E) -> y (B, C, S, S)."""
-        null = self.embed(torch.zeros_like(c[:, :1], dtype=torch.long)).detach()
+        null = self.embed(c.new_zeros(len(c), 1, dtype=torch.long)).detach()
         *parts, h = self.analyze(z.to(c.dtype))
         h = self.stacks[-1].inverse(h, c[..., None, None], null[..., None, None], guidance)
         y = h.view(-1, *self.coarsest)
@@ -418,19 +466,14 @@ class Flow(nn.Module):
             y = merge(y, self.stacks[i].inverse(parts[i], known))
         return y
 
-    def log_prob(self, y, c):
-        """log p(y | c) in nats, (B,), exact, for y (B, C, S, S) and c (B, E)."""
-        z, log_det = self(y, c)
-        return prior.log_prob(z) + log_det                                     # flow.py (4)
-
     def clean(self, y, c):
         """m(y) of flow.py (7), for y (B, C, S, S) and c (B, E)."""
         return y + self.noise * self.denoise(y, c)
 
-    def loss(self, x, c):
-        """-log2 p(y | c) per value, plus flow.py (7), and a log, for x (B, C, S, S) in [-1, 1] and
-        c (B, E). The coarsest picture learns from all images, details from every fourth, m from
-        every eighth."""
+    def loss(self, x, c, progress=1.0, gamma=1.0):
+        """A number and a log, for x (B, C, S, S) in [-1, 1], c (B, E) and the share of training
+        done. By its gradient the flow learns (2) with (4), D learns (1) from each eighth image, and
+        the text (4) and (1). In the first 60% of training there is (4) alone."""
         y = self.add_noise(x)
         nats = 0
         for z, log_det in self.factors(y, c, every=4):
@@ -438,100 +481,22 @@ class Flow(nn.Module):
         nll = nats / x[0].numel() / math.log(2)
         m = self.clean(y[::8], c[::8].detach())
         error = F.l1_loss(m, x[::8]) / self.noise                              # flow.py (7)
-        loss = nll + error
-        return loss, {"loss": loss, "nll": nll, "error": error}
+        loss, log = nll + error, {"nll": nll}                                  # (4)
+        if progress < 0.6:
+            return loss, log
+        text, c = c[::8], c[::8].detach()
+        y = self.add_noise(x[::8])
+        real = self.clean(y, c).detach().clamp(-1, 1)
+        y = self.inverse(0.8 * torch.randn_like(y), c, 1.5)
+        fake = self.clean(y, c)
+        number, log_of_duel = duel(self.critic, real, fake, text, gamma, 0.01)
+        return loss + number, log | log_of_duel
 
     @torch.no_grad()
     def sample(self, z, c, guidance=1.5, temperature=0.8):
-        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1]. A temperature under 1 keeps z near
-        the middle: less variety, fewer failures."""
+        """z ~ N(0, I) (B, C, S, S), c (B, E) -> x in [-1, 1] (B, C, S, S)."""
         y = self.inverse(temperature * z, c, guidance)
         return self.clean(y, c).clamp(-1, 1)
-
-    @torch.no_grad()
-    def encode(self, x, c):
-        """x (B, C, S, S) in [-1, 1], c (B, E) -> the exact z of x with fresh noise."""
-        return self(self.add_noise(x), c)[0]
-
-
-class VAEGAN(nn.Module):
-    """vae-gan: p(x | text) for images of a shape (C, S, S) and texts of words in a vocabulary."""
-
-    def __init__(self, shape, vocabulary, width=64, latent=12):
-        super().__init__()
-        self.args = dict(shape=shape, vocabulary=vocabulary, width=width, latent=latent)
-        self.latent_shape = (latent,)
-        dim = 4 * width
-        self.embed = Text(vocabulary, dim)
-        self.tokenize = self.embed.tokenize
-        self.encoder = Encoder(shape, width, dim)
-        self.grid = self.encoder.position.shape
-        self.posterior = nn.Linear(self.grid.numel(), 2 * latent)
-        self.style = nn.Linear(latent, dim)
-        self.start = nn.Linear(dim, self.grid.numel())
-        self.decoder = Decoder(shape, width, dim)
-        self.critic = Critic(shape, width, dim)
-
-    def infer(self, x, c):
-        """x (B, C, S, S) in [-1, 1], c (B, E) -> mu and log sigma^2 of z, (B, n) each."""
-        h, _ = self.encoder(x, c)
-        return self.posterior(h.flatten(1)).chunk(2, 1)
-
-    def decode(self, z, c):
-        """z (B, n), c (B, E) -> images (B, C, S, S), not bounded."""
-        emb = c + self.style(z.to(c.dtype))
-        return self.decoder(self.start(emb).unflatten(1, self.grid), emb)
-
-    def loss(self, x, c, progress=1.0, gamma=1.0, weight=1.0):
-        """A number and a log, for x (B, C, S, S) in [-1, 1], c (B, E) and the share of training
-        done. By its gradient D learns (1), the model (2) with (3), and the text L and (1)."""
-        mu, log_var = self.infer(x, c)
-        decoded = self.decode(prior.reparameterize(mu, log_var), c)
-        text = c.detach()
-        image = decoded.detach().requires_grad_()
-        phi_x, _ = self.critic.encoder(x, text)
-        phi_image, _ = self.critic.encoder(image, text)
-        distance = F.mse_loss(phi_image, phi_x).log2() / 2
-        (slope,) = torch.autograd.grad(distance, image)  # for the image, not for D's weights
-        likeness = (slope * decoded).sum()  # has the gradient of distance for the decoder
-        likeness = likeness + F.mse_loss(decoded, x).log2() / 20
-        kl = prior.kl(mu, log_var).sum(1).mean() / (x[0].numel() * math.log(2))
-        beta = 100 * 0.16**progress
-        fake = self.decode(torch.randn_like(mu), text)
-        loss, log = duel(self.critic, x, fake, c, gamma, weight)
-        return loss + likeness + beta * kl, log | {"distance": distance, "kl": kl}
-
-    @torch.no_grad()
-    def sample(self, z, c):
-        """z ~ N(0, I) (B, n), c (B, E) -> x in [-1, 1] (B, C, S, S)."""
-        return self.decode(z, c).clamp(-1, 1)
-
-    @torch.no_grad()
-    def encode(self, x, c):
-        """x (B, C, S, S) in [-1, 1], c (B, E) -> z (B, n), the mean mu."""
-        return self.infer(x, c)[0]
-
-
-class FlowGAN(Flow):
-    """flow-gan: the flow of flow.py, and a critic."""
-
-    def __init__(self, shape, vocabulary, width=64):
-        super().__init__(shape, vocabulary, width)
-        self.critic = Critic(shape, width // 2, 2 * width)
-
-    def loss(self, x, c, progress=1.0, gamma=1.0, weight=0.01):
-        """A number and a log, for x (B, C, S, S) in [-1, 1], c (B, E) and the share of training
-        done. By its gradient the flow learns (2) with (4), D learns (1) from each eighth image, and
-        the text (4) and (1). In the first 60% of training there is (4) alone."""
-        loss, log = super().loss(x, c)
-        if progress < 0.6:
-            return loss, log
-        text = c[::8]
-        real = self.clean(self.add_noise(x[::8]), text).detach().clamp(-1, 1)
-        z, c = 0.8 * torch.randn_like(real), text.detach()
-        fake = self.clean(self.inverse(z, c, 1.5), c)
-        number, log_of_duel = duel(self.critic, real, fake, text, gamma, weight)
-        return loss + number, log | log_of_duel
 
 
 class DiffusionGAN(nn.Module):
@@ -553,7 +518,7 @@ class DiffusionGAN(nn.Module):
         self.decoder = Decoder(shape, width, dim)
         pair = 2 * shape[0], *shape[1:]
         self.critic = Critic(pair, width, dim, scale=16.0)
-        self.critic_time = nn.Embedding(self.steps + 1, dim)
+        self.critic.time = nn.Embedding(self.steps + 1, dim)
 
     def denoise(self, x_t, k, c):
         """x' = G(x_t, t, z, c) with a fresh z, for x_t (B, C, S, S) at t of k, k (B,) or (1,)."""
@@ -572,42 +537,47 @@ class DiffusionGAN(nn.Module):
         mean = (a * s**2 * x_t + (1 - s) * b * x) / t**2
         return mean + b.sqrt() * s / t * eps
 
-    def loss(self, x, c, progress=1.0, gamma=0.05, weight=1.0):
+    def loss(self, x, c, progress=1.0, gamma=0.05):
         """A number and a log, for x (B, C, S, S) in [-1, 1] and c (B, E). By its gradient D learns
         (1) without c', the generator (2) with (6), and the text both: by trial, this is better than
         from D alone, as in gan.py."""
-        k = 1 + torch.randint(self.steps, (len(x),), device=x.device)
+        k = 1 + torch.randint(self.steps, [len(x)], device=x.device)
         t = self.times[k]
         x_t = (1 - t) * x + t * torch.randn_like(x)
         eps = torch.randn_like(x)
         real = self.step(x, x_t, k, eps)
         fake = self.step(self.denoise(x_t, k, c), x_t, k, eps)
         own = 20 * F.mse_loss(fake, real)                                      # (6)
-        time = self.critic_time(k)
+        time = self.critic.time(k)
 
-        def critic(images, text):
-            n = len(images) // len(x_t)
-            pairs = torch.cat([images, x_t.repeat(n, 1, 1, 1)], 1)
-            return self.critic(pairs, text + time.repeat(n, 1))
+        def critic(images, text):  # of real and fake images together
+            pairs = torch.cat([images, torch.cat([x_t, x_t])], 1)
+            return self.critic(pairs, text + time.repeat(2, 1))
 
         bound = 1 + 9 * self.times[k - 1]  # at s = 0, x_s is an image, in [-1, 1]; else it is noisy
-        loss, log = duel(critic, real, fake, c, gamma, weight, bound=bound, others=0)
+        loss, log = duel(critic, real, fake, c, gamma, bound=bound, others=0)
         return loss + own, log | {"own": own}
 
     @torch.no_grad()
     def sample(self, z, c):
         """z ~ N(0, I) (B, C, S, S), which is x_t at t = 1, c (B, E) -> x in [-1, 1]."""
-        for k in torch.arange(self.steps, 0, -1, device=z.device).split(1):
+        countdown = torch.arange(self.steps, 0, -1, device=z.device)
+        for k in countdown.split(1):
             x = self.denoise(z, k, c)
             z = self.step(x, z, k, torch.randn_like(z))
         return z.clamp(-1, 1)
 
 
 MODELS = {"vae-gan": VAEGAN, "flow-gan": FlowGAN, "diffusion-gan": DiffusionGAN}
-SETTINGS = {  # of training; betas are Adam's, hide is the share of captions and words hidden
-    "vae-gan": dict(train_steps=1200, batch_size=32, lr=8e-4, betas=(0.5, 0.99), hide=0.03),
-    "flow-gan": dict(train_steps=2000, batch_size=128, lr=1e-3, betas=(0.5, 0.99), hide=0.1),
-    "diffusion-gan": dict(train_steps=1500, batch_size=32, lr=15e-4, betas=(0.0, 0.99), hide=0.03),
+# of training: betas are Adam's, hide is the share of captions and words hidden
+DEFAULTS = dict(batch_size=32, lr=1.5e-3, betas=(0.0, 0.99))
+DEFAULTS |= dict(hide=0.03, gamma=1.0)
+SETTINGS = {
+    "vae-gan": dict(train_steps=1200, lr=8e-4, betas=(0.5, 0.99)),
+    "flow-gan": dict(
+        train_steps=2000, batch_size=128, lr=1e-3, betas=(0.5, 0.99), hide=0.1
+    ),
+    "diffusion-gan": dict(train_steps=1500, gamma=0.05),
 }
 
 
@@ -663,10 +633,8 @@ def train(args):
         model.fit(x)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), betas=args.betas, fused=True)
-    players = {"critic": [], "generator": []}  # the text is the critic's
-    for name, p in model.named_parameters():
-        judges = name.startswith(("critic", "embed"))
-        players["critic" if judges else "generator"].append(p)
+    critic = [*model.critic.parameters(), *model.embed.parameters()]  # the text is D's
+    generator = [p for p in model.parameters() if p not in {*critic}]
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     if args.resume:
         for name, part in parts.items():
@@ -698,8 +666,9 @@ def train(args):
             for p in model.parameters():
                 if p.grad is not None:  # as that of flow-gan's critic is at first
                     dist.all_reduce(p.grad)
-        for name, weights in players.items():  # each by itself: D's spikes do not shrink G's step
-            log[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(weights, 1.0)
+        # each by itself: spikes of D's gradient do not shrink G's step
+        log["grad_norm_critic"] = nn.utils.clip_grad_norm_(critic, 1.0)
+        log["grad_norm_generator"] = nn.utils.clip_grad_norm_(generator, 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * min(20 * progress, 1 - progress)
         optimizer.step()
         # ema remembers about the last tenth of the updates so far
@@ -719,7 +688,7 @@ def train(args):
             print(json.dumps(log), file=file)
         if save:
             checkpoint = {name: part.state_dict() for name, part in parts.items()}
-            checkpoint |= {"script": NAME, "name": args.model, "args": model.args}
+            checkpoint |= {"script": "hybrids", "name": args.model, "args": model.args}
             checkpoint |= {"captions": captions, "update": update}
             torch.save(checkpoint, args.out / "checkpoint.tmp")
             os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
@@ -766,19 +735,20 @@ def main(argv=None):
     flag("--train-steps", type=int, help="updates in all; schedules span them")
     flag("--batch-size", type=int, help="images an update, of all ranks together")
     flag("--lr", type=float)
-    flag("--width", type=int, default=64, help="of the networks")
+    flag("--width", type=int, default=64)
     flag("--checkpoint-every", type=int, default=500)
     flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
     flag("--caption", action="append", help="what to draw; may be repeated")
     flag("--npz", help="also write the images x and their captions y to this file")
-    flag("--gamma", type=float, help="weight of the penalties in (1)")
+    flag("--gamma", type=float)
     args = parser.parse_args(argv)
     if not args.model or not (args.train or args.sample):
         return parser.print_help()
-    gamma = 0.05 if args.model == "diffusion-gan" else 1.0
-    settings = {"out": Path("runs", args.model), "gamma": gamma, **SETTINGS[args.model]}
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    args = argparse.Namespace(**vars(args) | settings | given)
+    settings = DEFAULTS | SETTINGS[args.model]
+    settings["out"] = Path("runs", args.model)
+    for name, value in settings.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     if args.data and not args.data.endswith(".npz"):
         parser.error("--data takes an .npz: python -m bench.pack makes one of a folder of images")
     if args.train and not args.resume and (args.out / "log.jsonl").exists():

@@ -4,23 +4,22 @@
   python -m bench --quick            a twelfth of the updates and fewer samples: minutes
   python -m bench --data FILE.npz --models vae gan --times 2
   python -m bench --quick --width 32       other flags go to the training scripts
-  python -m bench --seeds                  also trains each model from two more seeds
+  python -m bench --seeds 0 1 2            each model from three training seeds
 
-writes quality.json, a row a way to sample, samples.png and quality_speed.png into --out. An
-interrupted call goes on where it stopped: a run is resumed, and a row that is there for the same
-number of updates and samples is not measured again. Speed is `pytest bench`, whose speed.json
-belongs into the same folder, or for a GPU into gpu/ below it. All seeds of one-step start from the
-one run of diffusion beside them.
+writes quality.json, a row a way to sample and training seed, samples.png and quality_speed.png into
+--out. An interrupted call goes on where it stopped: a run is resumed, and a row is measured again
+if its run has other weights by now. Speed is `pytest bench`, whose JSON belongs into the same
+folder. All seeds of one-step start from the one run of diffusion beside them.
 """
 
 import argparse
 from itertools import product
 from pathlib import Path
 
+import torch
+
 from bench import files, likelihood, models, pictures, report
 from bench.quality import Judge
-
-SEEDS = 0, 1, 2
 
 
 def train(name, run, steps, *flags):
@@ -33,15 +32,6 @@ def train(name, run, steps, *flags):
         models.train(name, run, *flags, "--train-steps", str(steps), "--images", "8")
 
 
-def summary(measured):
-    """Mean and spread of each figure of several measurements."""
-    if any(each is None for each in measured):
-        return None
-    if not isinstance(measured[0], dict):
-        return report.spread(measured)
-    return {figure: summary([each[figure] for each in measured]) for figure in measured[0]}
-
-
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -50,11 +40,11 @@ def main(argv=None):
     flag("--out", type=Path, help="of the results [bench/results, or a folder beside the runs]")
     flag("--runs", type=Path, help="of the runs [runs, runs/DATA, runs/quick]")
     flag("--data", type=Path, help="an .npz of images and captions [built-in digits]")
-    flag("--seeds", action="store_true", help="each model from two more training seeds, too")
+    flag("--seeds", type=int, nargs="+", default=[0], help="of training [0]")
     flag("--models", nargs="*", choices=names, default=names)
     flag("--caption", action="append", help="a column of samples.png; may be repeated")
     flag("--times", type=float, default=1.0, help="updates, as a multiple of the scripts' default")
-    flag("--device", default=models.HERE, choices=sorted({models.HERE, "cpu"}))
+    flag("--device", default=models.HERE)
     args, training = parser.parse_known_args(argv)
     data = str(args.data.resolve()) if args.data else None
     parts = ("runs", args.data.stem if args.data else "", "quick" if args.quick else "")
@@ -67,59 +57,59 @@ def main(argv=None):
     for key in ("device", "torch", "data"):
         if results.get(key) != here[key]:
             raise SystemExit(f"{path} has another {key}, {results.get(key)}: move it away")
-    rows, n = results["rows"], 200 if args.quick else 500
-    seeds = SEEDS if args.seeds else SEEDS[:1]
+    pairs = list(product(args.seeds, args.models))
+    run_of = {pair: runs / (f"{pair[1]}-{pair[0]}" if pair[0] else pair[1]) for pair in pairs}
 
-    def run_of(name, seed):
-        return runs / (f"{name}-{seed}" if seed else name)
-
-    flags = [*training, "--device", args.device]
-    if data:
-        flags += ["--data", data]
-    for name, seed in product(args.models, seeds):
+    flags = [*training, "--device", args.device, *(("--data", data) if data else ())]
+    for seed, name in pairs:
         steps = models.flags(name, *flags).train_steps
         steps = int(args.times * steps / (12 if args.quick else 1))
-        train(name, run_of(name, seed), steps, *flags, *(("--seed", str(seed)) if seed else ()))
+        train(name, run_of[seed, name], steps, *flags, "--seed", str(seed))
 
     print("a classifier of real images learns to read")
     judge = Judge(data)
-    captions = [judge.captions_test[i] for i in models.evenly(n, len(judge.x_test))]
+    held_out = judge.x_test, judge.captions_test
+    # as many as there are held-out images, if these are enough for a distance
+    n = 200 if args.quick else len(judge.x_test) if 500 <= len(judge.x_test) <= 1000 else 1000
+    known = [judge.captions[i] for i in models.evenly(n, len(judge.x))]
+    asked = [judge.captions_test[i] for i in models.evenly(min(n, 500), len(judge.x_test))]
 
-    def add(rows, label, row, **stamp):
-        rows[label] = {"commit": here["commit"], **row, **stamp}
+    def add(label, seed, row, stamp):
+        row = {"commit": here["commit"], **row, **stamp}
+        results["rows"].setdefault(label, {})[str(seed)] = row
         files.write(path, results)
 
+    stamp = {"images": len(judge.x), "asked": n}
     for label, images in judge.baselines(n).items():
-        if label not in rows:
-            add(rows, label, summary([judge.measure(*images)]))
-    texts, strips = args.caption or [captions[i] for i in models.evenly(10, n)], []
-    for seed, name in product(seeds, args.models):
-        model, checkpoint = models.load(run_of(name, seed), args.device)
-        stamp = {"updates": checkpoint["update"], "n": n, "width": model.args.get("width")}
-        draws = SEEDS[:1] if seed else SEEDS
-        if seed:
-            rows = results.setdefault("other_seeds", {}).setdefault(str(seed), {})
-        else:
+        if not stamp.items() <= results["rows"].get(label, {}).get("0", {}).items():
+            add(label, 0, judge.measure(*images), stamp)
+    texts, strips = args.caption or [asked[i] for i in models.evenly(10, len(asked))], []
+    for seed, name in pairs:
+        run = run_of[seed, name]
+        model, checkpoint = models.load(run, args.device)
+        weights = torch.nn.utils.get_total_norm(model.parameters()).item()
+        stamp = {"updates": checkpoint["update"], "asked": n, "weights": weights}
+        if seed == args.seeds[0]:
             strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
         for label, options in models.settings(name).items():
-            if stamp.items() <= rows.get(label, {}).items():
+            if stamp.items() <= results["rows"].get(label, {}).get(str(seed), {}).items():
                 continue
             print(f"measuring {label}, training seed {seed}", flush=True)
-            drawn = [models.draw(model, captions, draw, **options) for draw in draws]
-            row = summary([judge.measure(x, captions) for x in drawn])
-            row |= {"seeds": draws, "evaluations": models.cost(model, **options)["evaluations"]}
-            if label == name and not seed:
+            row = judge.likeness(models.draw(model, known, 0, **options), known)
+            row |= judge.obedience(models.draw(model, asked, 1, **options), asked)
+            row |= {"width": model.args.get("width"), **models.cost(model, **options)}
+            row |= {"minutes": models.minutes(run)}
+            row |= {"parameters": sum(p.numel() for p in model.parameters())}
+            if label == name and seed == args.seeds[0]:
+                trained = judge.x, judge.captions
                 some = 50 if args.quick else 500
-                given = judge.x_test, judge.captions_test
-                row["bits_per_dim"] = likelihood.measure(model, *given, some)
-            add(rows, label, row, **stamp)
+                row["likelihood"] = likelihood.measure(model, *held_out, trained, some)
+            add(label, seed, row, stamp)
 
-    if strips:
-        seen = set(judge.captions)
-        titles = [text if text in seen else f"{text} (not seen)" for text in texts]
-        pictures.samples_picture(out / "samples.png", titles, strips)
+    seen = set(judge.captions)
+    titles = [text if text in seen else f"{text} (not seen)" for text in texts]
+    pictures.samples_picture(out / "samples.png", titles, strips)
     report.plot(out)
-    print(report.quality_table({"quality": results, "speed": files.read(out / "speed.json")}))
     print(report.main_table(out))
     if out == report.RESULTS:
         report.main()

@@ -1,15 +1,17 @@
 """Bits per value of held-out images: what they would cost to send, if the model were the code.
 
-Four statements of different strength, each told apart by what the model has:
+Three statements, all of P(x), the probability of the pixel values, and so comparable:
 
   exact                       value by value: -log P(x) is a sum of cross entropies
   importance-weighted bound   a decoder's likelihood and a posterior q (Burda et al. 2016):
       log P(x) >= E log mean_k P(x | z_k) p(z_k) / q(z_k | x)
-  bound                       an exact density p(y) of the noisy image y = x + s eps:
-      -log P(x) <= E[-log p(y) - log P(x | y)] - D/2 log(2 pi e s^2), for any guess P(x | y)
-      of the pixels; bits_per_dim_of_y is -log2 p(y) / D itself, exact, of a continuous y
-  ODE estimate                a velocity v (Song et al. 2021), with Hutchinson's probes for div v:
-      log p(x) = log N(z_1; 0, I) + the integral of div v over t, for dequantized x
+  bound                       a density p(y) of the image y = x + noise, and any guess P(x | y):
+      -log P(x) <= E [-log p(y) - log P(x | y) + log q(y | x)],   q the density of the noise
+      A flow has p(y) exactly; its guess is a discretized logistic about m(y), of a scale that fits
+      some training images. A diffusion model has it from its velocity v (Song et al. 2021):
+      log p(y) = log N(z_1; 0, I) + the integral of div v over t, with Hutchinson's probes,
+      but for errors of the solver. Here y is z_t at t = 1e-3, of pixels spread over their bins, and
+      the guess is P(k) q(y | x_k) over its sum, P(k) being how frequent k is in training images.
 """
 
 import math
@@ -21,49 +23,66 @@ import prior
 from bench.models import evenly
 from vae import log_logistic
 
-SAMPLES, STEPS = 64, 50
+SAMPLES, STEPS, START = 64, 50, 1e-3
+SCALES = torch.linspace(-7, 0, 71)  # log scales that are tried
 
 
 @torch.no_grad()
-def value_by_value(model, x, c):
+def value_by_value(model, x, c, known):
     """-log P(x) in nats, (B,), of a model of each value given those before."""
-    return {"bits_per_dim": -model.log_prob(x, c)}
+    return -model.log_prob(x, c)
 
 
 @torch.no_grad()
-def importance_weighted(model, x, c):
-    """-log of the bound in nats, (B,), from SAMPLES draws of q."""
+def importance_weighted(model, x, c, known):
+    """The bound on -log P(x) in nats, (B,), from SAMPLES draws of q."""
     mu, log_var = model.infer(x, c)
     weights = []
     for _ in range(SAMPLES):
         eps = torch.randn_like(mu)
         z = mu + (0.5 * log_var).exp() * eps
         log_q = prior.log_prob(eps) - 0.5 * log_var.sum(1)
-        location = model.decode(z, c)
-        log_p = log_logistic(x, location, model.log_scale).flatten(1)
+        log_p = log_logistic(x, model.decode(z, c), model.log_scale).flatten(1)
         weights.append(log_p.sum(1) + prior.log_prob(z) - log_q)
-    nats = math.log(SAMPLES) - torch.stack(weights).logsumexp(0)
-    return {"bits_per_dim": nats}
+    return math.log(SAMPLES) - torch.stack(weights).logsumexp(0)
 
 
 @torch.no_grad()
-def noisy_density(model, x, c):
-    """The bound on -log P(x), and -log p(y), in nats, (B,) each, from one draw of the noise."""
+def noisy_density(model, x, c, known):
+    """The bound on -log P(x) in nats, (B,), from one draw of the noise."""
+    some, texts = known[0][:100], known[1][:100]
+    m = model.clean(model.add_noise(some), texts)
+    fits = [log_logistic(some, m, log_scale).mean() for log_scale in SCALES.to(x.device)]
+    log_scale = SCALES[torch.stack(fits).argmax().item()].to(x.device)
     y = model.add_noise(x)
-    z, log_det = model(y, c)
-    nats_of_y = -prior.log_prob(z) - log_det
-    k = (127.5 * (x + 1)).round().long()
-    log_posterior = model.pixel_logits(model.clean(y, c)).log_softmax(-1)
-    guess = log_posterior.gather(-1, k[..., None]).flatten(1).sum(1)
-    nats = nats_of_y - guess - x[0].numel() * model.noise_entropy()
-    return {"bits_per_dim": nats, "bits_per_dim_of_y": nats_of_y}
+    guess = log_logistic(x, model.clean(y, c), log_scale).flatten(1).sum(1)
+    return -model.log_prob(y, c) - guess - noise_entropy(model)
 
 
-def probability_flow(model, x, c):
-    """-log p(x) in nats, (B,), of one draw of x in its bins, which are 1 / 127.5 wide, by Heun's
-    method on log-uniform times from 1e-3."""
-    z, change = x + (torch.rand_like(x) - 0.5) / 127.5, 0
-    probe = torch.randn_like(x).sign()
+def noise_entropy(model):
+    """The entropy of the noise of a flow, that is of y given x, in nats."""
+    parts = model.analyze(torch.zeros(1, *model.latent_shape, device=model.stacks[0].std.device))
+    log_s = sum(part.numel() * math.log(s) for part, s in zip(parts, model.scales))
+    return 0.5 * math.prod(model.latent_shape) * math.log(2 * math.pi * math.e) + log_s
+
+
+def log_noise(y):
+    """log q(y | x_k) for each of 256 pixel values k: y of any shape -> (..., 256). y is (1 - START)
+    (x_k + u) + START eps, u uniform in the bin and eps ~ N(0, 1)."""
+    k = torch.linspace(-1, 1, 256, dtype=torch.double, device=y.device)
+    half = (1 - START) / 255
+    distance = (y.double()[..., None] - (1 - START) * k).abs()  # the density is symmetric
+    upper, lower = (half - distance) / START, (-half - distance) / START
+    a, b = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    return a + torch.log1p(-(b - a).exp()) - math.log(2 * half)
+
+
+def probability_flow(model, x, c, known):
+    """The bound on -log P(x) in nats, (B,), from one draw of the noise, by Heun's method on
+    log-uniform times from START."""
+    u = (torch.rand_like(x) - 0.5) / 127.5
+    y = z = (1 - START) * (x + u) + START * torch.randn_like(x)
+    probe, change = torch.randn_like(x).sign(), 0
 
     def slope(z, t):
         with torch.enable_grad():
@@ -72,41 +91,46 @@ def probability_flow(model, x, c):
             (product,) = torch.autograd.grad(v, z, probe)  # probe^T dv/dz
         return v.detach(), (product * probe).flatten(1).sum(1)
 
-    for t, s in pairwise((10 ** torch.linspace(-3, 0, STEPS + 1)).tolist()):
+    for t, s in pairwise(torch.logspace(math.log10(START), 0, STEPS + 1).tolist()):
         v, divergence = slope(z, t)
         v_s, divergence_s = slope(z + (s - t) * v, s)
         z = z + (s - t) / 2 * (v + v_s)
         change = change + (s - t) / 2 * (divergence + divergence_s)
-    bins = x[0].numel() * math.log(127.5)
-    return {"bits_per_dim": bins - prior.log_prob(z) - change}
+    count = torch.bincount((127.5 * (known[0] + 1)).round().long().flatten(), minlength=256)
+    log_share = ((count + 1e-9) / count.sum()).log()
+    k = (127.5 * (x + 1)).round().long()
+    # of log q(y | x) - log P(x | y), q(y | x) cancels
+    of_y = torch.logsumexp(log_share + log_noise(y), -1) - log_share[k]
+    return of_y.flatten(1).sum(1) - prior.log_prob(z) - change
 
 
 # the member that a model must have, the kind of statement, and the function
 WAYS = (
     ("window", "exact", value_by_value),
     ("log_scale", "importance-weighted bound", importance_weighted),
-    ("pixel_logits", "bound", noisy_density),
-    ("velocity", "ODE estimate", probability_flow),
+    ("stacks", "bound", noisy_density),
+    ("velocity", "bound", probability_flow),
 )
 
 
-def measure(model, x, captions, n=500, seed=0, batch=50):
+def measure(model, x, captions, known, n=500, seed=0, batch=50):
     """bits_per_dim, its standard_error and kind, for n of the images x, uint8 (N, C, H, W), and
-    their captions; None for a model without a likelihood."""
+    their captions; known are images and captions of training. None without a likelihood."""
     ways = [way for way in WAYS if hasattr(model, way[0])]
     if not ways:
         return None
     _, kind, function = ways[0]
-    device, values = next(model.parameters()).device, {}
-    chosen = evenly(min(n, len(x)), len(x))
-    x, ids = x[chosen].to(device), model.tokenize([captions[i] for i in chosen]).to(device)
+    device = next(model.parameters()).device
+
+    def some(x, captions, n):
+        chosen = evenly(min(n, len(x)), len(x))
+        c = model.embed(model.tokenize([captions[i] for i in chosen]).to(device))
+        return x[chosen].to(device) / 127.5 - 1, c.detach()
+
     torch.manual_seed(seed)
-    for part, words in zip(x.split(batch), ids.split(batch)):
-        nats = function(model, part / 127.5 - 1, model.embed(words))
-        for name, value in nats.items():
-            bits = value.cpu().double() / (x[0].numel() * math.log(2))
-            values.setdefault(name, []).append(bits)
-    values = {name: torch.cat(parts) for name, parts in values.items()}
-    result = {name: bits.mean().item() for name, bits in values.items()}
-    error = values["bits_per_dim"].std().item() / len(x) ** 0.5
-    return {**result, "standard_error": error, "kind": kind, "n": len(x)}
+    known, (x, c) = some(*known, 1000), some(x, captions, n)
+    parts = zip(x.split(batch), c.split(batch))
+    nats = torch.cat([function(model, *part, known).cpu().double() for part in parts])
+    bits = nats / (x[0].numel() * math.log(2))
+    error = bits.std().item() / len(x) ** 0.5
+    return {"bits_per_dim": bits.mean().item(), "standard_error": error, "kind": kind, "n": len(x)}

@@ -5,9 +5,11 @@ No function here asks which model it has: a model says by its members what it ca
 
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +24,7 @@ from vae import captioned_digits, load_data, words_of
 
 ROOT = Path(__file__).parent.parent
 HERE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-LAYERS = nn.Linear, nn.Conv2d, nn.ConvTranspose2d
+LAYERS = nn.Linear, nn.Conv2d
 MODELS = {
     "vae": "vae.VAE",
     "gan": "gan.GAN",
@@ -78,14 +80,23 @@ def train(name, run, *argv):
 
 def load(run, device="cpu"):
     """The model of a run, ready to sample, and its checkpoint, which gets a "name" in any case."""
-    try:
-        checkpoint = torch.load(Path(run, "checkpoint.pt"), "cpu", weights_only=True, mmap=True)
-        name = checkpoint.get("name", checkpoint["script"])
-        module = script(name)
-    except Exception as error:
-        raise SystemExit(f"{run} holds no run: {type(error).__name__}") from None
-    model, checkpoint = module.load(run, device)
+    checkpoint = torch.load(Path(run, "checkpoint.pt"), "cpu", weights_only=True, mmap=True)
+    name = checkpoint.get("name", checkpoint["script"])
+    model, checkpoint = script(name).load(run, device)
     return model.requires_grad_(False).eval(), {**checkpoint, "name": name}
+
+
+def minutes(run):
+    """What a run's training took, by its log.jsonl: in each tenth the median time of an update, so
+    that other work on the machine, and waiting for a resume, do not count."""
+    rows = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+    rates = []
+    for a, b in pairwise(rows):
+        if b["update"] > a["update"] and b["seconds"] > a["seconds"]:
+            rates.append((b["seconds"] - a["seconds"]) / (b["update"] - a["update"]))
+    tenths = [part for part in np.array_split(rates, 10) if len(part)]
+    seconds = np.mean([np.median(part) for part in tenths]) if tenths else 0
+    return float(rows[-1]["update"] * seconds / 60)
 
 
 def options(name):
@@ -99,17 +110,16 @@ def plain(name):
     return {option: 1.0 for option in ("guidance", "temperature") if option in options(name)}
 
 
-def settings(name, steps=(1, 2, 4, 10)):
+def settings(name):
     """The ways to sample that are compared, the default first: label -> options of sample."""
     ways = {name: {}}
     if options(name) != options(name) | plain(name):
         ways[f"{name}, {next(iter(plain(name)))} 1"] = plain(name)
-    for n in steps if "steps" in options(name) else ():
-        sampler = "ddim" if n <= 3 else "dpm"  # of up to three steps dpm is ddim
-        few = {"sampler": sampler} if "sampler" in options(name) else {}
-        if n != options(name)["steps"]:
-            label = name, *few.values(), f"{n} step{'s' * (n > 1)}"
-            ways[", ".join(label)] = {"steps": n, **few}
+    if name == "diffusion":
+        ways[f"{name}, ddpm, 20 steps"] = {"steps": 20, "sampler": "ddpm"}
+    few = {"diffusion": (1, 2, 4, 20, 50), "one-step": (2, 4)}
+    for n in few.get(name, ()):
+        ways[f"{name}, {n} step{'s' * (n > 1)}"] = {"steps": n}
     return ways
 
 
@@ -127,14 +137,13 @@ def draw(model, captions, seed, batch=100, **options):
 
 def cost(model, **options):
     """What sample takes for one image, counted at the network's layers, the text's left out:
-    evaluations, where a guided step's two count as two; gflop; mb that the layers read and write,
-    and mb_of_weights, which serve all images of a batch."""
+    evaluations, where a guided step's two count as two; gflop; and mb that the layers read and
+    write, without their weights, which serve all images of a batch."""
     calls, moved = Counter(), Counter()
 
     def count(layer, given, y):
         calls[layer] += 1
         moved["mb"] += (given[0].nbytes + y.nbytes) / 1e6
-        moved["mb_of_weights"] += layer.weight.nbytes / 1e6
 
     layers = {part for part in model.modules() if isinstance(part, LAYERS)}
     layers -= set(model.embed.modules())
@@ -152,20 +161,17 @@ def held_out(path=None):
     without those that no training caption has."""
     x, captions = load_data(path)
     data = np.load(path) if path else captioned_digits()
-    try:
-        if "x_test" in data:
-            x_test, y_test = data["x_test"], data["y_test"]
-        else:
-            n = len(data["x"])
-            left_out = np.sort(np.random.default_rng(0).permutation(n)[: n // 10])
-            x_test, y_test = data["x"][left_out], data["y"][left_out]
-        x_test = torch.from_numpy(rearrange(x_test, "n h w ... -> n (...) h w"))
-        same = x_test.dtype == torch.uint8 and x_test.shape[1:] == x.shape[1:]
-        if not same or len(x_test) != len(y_test) or len(x_test) < 2:
-            raise ValueError("take two or more held-out images like x, and as many texts")
-        texts = y_test.reshape(len(x_test)).astype(str).tolist()
-    except Exception as error:
-        raise SystemExit(f"--data {path}: {error}") from None
+    if "x_test" in data:
+        x_test, y_test = data["x_test"], data["y_test"]
+    else:
+        n = len(data["x"])
+        left_out = np.sort(np.random.default_rng(0).permutation(n)[: n // 10])
+        x_test, y_test = data["x"][left_out], data["y"][left_out]
+    x_test = torch.from_numpy(rearrange(x_test, "n h w ... -> n (...) h w"))
+    same = x_test.dtype == torch.uint8 and x_test.shape[1:] == x.shape[1:]
+    if not same or len(x_test) != len(y_test) or len(x_test) < 2:
+        raise ValueError(f"{path}: take two or more held-out images like x, and as many texts")
+    texts = y_test.reshape(len(x_test)).astype(str).tolist()
     known = set().union(*map(words_of, captions))
     return x_test, [" ".join(word for word in words_of(text) if word in known) for text in texts]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import close
 from torch import nn
-from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 import flow
+import prior
 
 SHAPES = [
     (1, 8, 8),
@@ -42,8 +42,8 @@ def test_log_determinant_is_the_full_jacobians_and_inverse_undoes_forward(shape)
     y = torch.randn(5, *shape)
     z, log_det = model(y, c)
     assert z.shape == y.shape
-    assert close(model.inverse(z, c)[0], y, 0, 1e-8)
-    back, _ = model(model.inverse(y, c)[0], c)
+    assert close(model.inverse(z, c), y, 0, 1e-8)
+    back, _ = model(model.inverse(y, c), c)
     assert close(back, y, 0, 1e-8)
 
     def forward(v):
@@ -61,7 +61,7 @@ def test_a_round_trip_in_float32_is_exact_to_a_thousandth():
     model, c = tiny((3, 32, 32), 0.03, 32, torch.float32)
     y = 2 * torch.rand(5, 3, 32, 32) - 1
     z, _ = model(y, c)
-    assert close(model.inverse(z, c)[0], y, 0, 1e-3)
+    assert close(model.inverse(z, c), y, 0, 1e-3)
 
 
 def test_the_density_of_images_of_two_values_integrates_to_1():
@@ -99,15 +99,6 @@ def test_fit_whitens_the_parts_of_noisy_images():
     assert all(stack.std > 0 for stack in model.stacks)
 
 
-def entropy_of_noise(model):
-    """That of y given x, in nats per value."""
-    *details, h = model.analyze(torch.zeros(1, *model.latent_shape))
-    scales = [torch.full_like(part, model.noise) for part in details]
-    scales.append(torch.full_like(h, model.coarse_noise))
-    scales = torch.cat([part.flatten() for part in scales])
-    return Normal(0.0, scales).entropy().mean()
-
-
 def test_the_coarsest_picture_has_noise_of_its_own():
     model, _ = tiny((1, 20, 20))
     y = model.add_noise(torch.ones(400, 1, 20, 20))
@@ -115,31 +106,46 @@ def test_the_coarsest_picture_has_noise_of_its_own():
     assert all(close(part.std(), model.noise, 0.02) for part in details)
     assert close(h.std(), model.coarse_noise, 0.02)
     assert close(h.mean(), 2, 0.01)
-    assert close(model.noise_entropy(), entropy_of_noise(model))
 
 
-def test_the_loss_is_the_likelihood_of_y_above_the_noise_and_that_of_the_pixels(monkeypatch):
-    """With one image, all parts are learned from it."""
+def test_the_loss_is_the_likelihood_of_y_and_the_error_of_m(monkeypatch):
+    """The coarsest picture counts for all of 16 images, details for four, m for two."""
     model, c = tiny((1, 20, 20))
-    x = images((1, 20, 20))[:1] / 127.5 - 1
+    x = images((1, 20, 20))[:16] / 127.5 - 1
+    c = c[torch.arange(16) % 5]
     noise = torch.randn_like(x)
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
     y = model.add_noise(x)
-    n = x.numel()
-    of_noise = entropy_of_noise(model)
-    nats = -model.log_prob(y, c[:1]) / n - of_noise
-    k = ((x + 1) * 127.5).round().long()
-    m = model.clean(y, c[:1])
-    logits = model.pixel_logits(m).movedim(-1, 1)
-    pixels = nn.functional.cross_entropy(logits, k)
-    coarse = 2 * nn.functional.avg_pool2d(x, 2)
     *_, h = model.analyze(y)
-    error = model.clean_coarsest(h, c[:1]) - coarse
-    error = (error / model.coarse_noise).square().sum() / n
-    loss, log = model.loss(x, c[:1])
-    assert close(log["loss"], nats / math.log(2))
-    assert close(log["error"], error)
-    assert close(loss, (nats + pixels / 4) / math.log(2) + error)
+    z, log_det = model.stacks[-1](h, c[:, :, None, None])
+    of_coarsest = prior.log_prob(z) + log_det
+    details = model.log_prob(y, c)[::4] - of_coarsest[::4]
+    nats = -of_coarsest.mean() - details.mean()
+    loss, log = model.loss(x, c)
+    assert close(log["nll"], nats / 400 / math.log(2))
+    off = (model.clean(y, c) - x)[::8].abs().mean()
+    assert close(log["error"], off / model.noise)
+    assert close(loss, log["nll"] + log["error"])
+
+
+def test_of_the_loss_the_coarsest_picture_alone_teaches_the_text():
+    model, _ = tiny((1, 20, 20))
+    x = images((1, 20, 20))[:8] / 127.5 - 1
+    c = model.embed(model.tokenize(["a", "b"] * 4)).requires_grad_()
+
+    def slope_of_c():
+        torch.manual_seed(0)
+        loss, _ = model.loss(x, c)
+        (slope,) = torch.autograd.grad(loss, c)
+        return slope
+
+    before = slope_of_c()
+    for part in (model.denoise, *model.stacks[:-1], *model.readers):
+        for p in part.parameters():
+            nn.init.normal_(p, std=0.2)
+    assert before.any() and close(slope_of_c(), before)
+    nn.init.normal_(model.stacks[-1].couplings[0].net[0].weight, std=0.2)
+    assert not close(slope_of_c(), before)
 
 
 def test_guidance_goes_from_the_null_text_through_the_conditional_inverse():
@@ -159,8 +165,7 @@ def test_guidance_goes_from_the_null_text_through_the_conditional_inverse():
         truth = truth if w == 1 else truth.clamp(-4, 4)
         assert close(y[:, coupling.changed], truth)
     z = torch.randn(5, 1, 20, 20)
-    y, _ = model.inverse(z, c, 0.0)
-    assert not close(y, model.inverse(z, c)[0], atol=1e-2)
+    assert not close(model.inverse(z, c, 0.0), model.inverse(z, c), atol=1e-2)
 
 
 def test_no_guidance_leads_out_of_the_range():
@@ -177,79 +182,11 @@ def test_no_guidance_leads_out_of_the_range():
     assert free.abs().max() > 4 >= kept.abs().max() - 1e-9
 
 
-LEVELS = 17 * torch.arange(16)  # pixel values
-
-
-def images_of_levels(p, n):
-    """n images of independent pixels that take LEVELS[i] with the probability p[i]."""
-    i = torch.multinomial(p, 64 * n, replacement=True)
-    return LEVELS[i].view(n, 1, 8, 8).byte()
-
-
-def test_p_of_a_pixel_given_m_is_the_sum_written_out():
-    model, _ = tiny()
-    x = images_of_levels(torch.rand(16), 500)
-    model.fit(x)
-    counts = torch.bincount(x.flatten(), minlength=256) + 1
-    tau = model.log_tau.exp().item()
-    for m in (-1.4, -1.0, -0.03, 0.5, 1.2):
-        weights = []
-        for k, count in enumerate(counts.tolist()):
-            distance = (m - (2 * k / 255 - 1)) / tau
-            weights.append(count * math.exp(-0.5 * distance**2))
-        truth = torch.tensor(weights) / sum(weights)
-        ours = model.pixel_logits(torch.tensor(m)).softmax(0)
-        assert close(ours, truth, 1e-9)
-
-
-def test_sample_takes_the_likeliest_value_of_what_the_inverse_gives():
-    model, c = tiny()
-    model.fit(images_of_levels(torch.rand(16) + 0.1, 500))
+def test_sample_is_m_of_what_the_inverse_gives_and_m_corrects_y():
+    model, c = tiny((1, 20, 20))
     nn.init.normal_(model.denoise.head.weight, std=0.3)
-    z = 2 * torch.randn(5, 1, 8, 8)
-    y, _ = model.inverse(0.5 * z, c, 1.5)
-    m = model.clean(y, c).clamp(-2, 2)
-    assert not close(m, y.clamp(-2, 2), atol=1e-2)
-    x = model.sample(z, c, 1.5, 0.5)
-    k = ((x + 1) * 127.5).round().long()
-    assert close(x, k / 127.5 - 1)
-    logits = model.pixel_logits(m)
-    ours = logits.gather(-1, k[..., None]).squeeze(-1)
-    best = logits.max(-1).values
-    assert (ours == best).double().mean() > 0.97
-    # m is looked up on a grid of 1/1000; the slope of a logit in m is at most (2 + 1) / tau^2
-    steepest = 2 * 3 / model.log_tau.exp() ** 2
-    assert (best - ours).max() < steepest * 0.5e-3
-
-
-def bits_of_pixels(model, x, c):
-    """The bound on -log2 P(x) per value: by Jensen it is E [-log2 p(y) - log2 P(x | y)] less the
-    entropy of the noise."""
-    k = (x * 127.5 + 127.5).round().long()
-    y = model.add_noise(x)
-    log_p = model.pixel_logits(model.clean(y, c)).log_softmax(-1)
-    guess = log_p.gather(-1, k[..., None]).mean()
-    nats = -guess - model.log_prob(y, c).mean() / x[0].numel()
-    return (nats - entropy_of_noise(model)) / math.log(2)
-
-
-def test_the_bound_on_pixel_bits_is_tight_for_the_exact_density_and_holds_for_another():
-    """Pixels take 16 values, independently of each other: -log2 P(x) is known."""
-    model, c = tiny()
-    p = torch.rand(16) ** 2
-    p = p / p.sum()
-    x = images_of_levels(p, 300)
-    model.fit(x)
-    bits = -p.log2()[x.long() // 17].mean()
-    x = x / 127.5 - 1
-    c = c[:1].expand(300, -1)
-    assert bits_of_pixels(model, x, c) > bits + 0.1
-
-    for head in (model.denoise.head, model.denoise_coarsest.head):  # then m is y
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    nn.init.constant_(model.log_tau, math.log(model.coarse_noise))
-    noisy = Normal(LEVELS / 127.5 - 1, model.coarse_noise)
-    density = MixtureSameFamily(Categorical(p), noisy)
-    model.log_prob = lambda y, c: density.log_prob(y).flatten(1).sum(1)
-    assert close(bits_of_pixels(model, x, c), bits, atol=0.03)
+    z = 2 * torch.randn(5, 1, 20, 20)
+    y = model.inverse(0.5 * z, c, 1.5)
+    m = y + model.noise * model.denoise(y, c)
+    assert close(model.sample(z, c, 1.5, 0.5), m.clamp(-1, 1))
+    assert not close(m, y, atol=1e-2)

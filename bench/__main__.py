@@ -87,7 +87,7 @@ def main(argv=None):
     for seed, name in pairs:
         run = run_of[seed, name]
         model, checkpoint = models.load(run, args.device)
-        weights = torch.nn.utils.get_total_norm(model.parameters()).item()
+        weights = float(f"{torch.nn.utils.get_total_norm(model.parameters()):.6g}")
         stamp = {"updates": checkpoint["update"], "asked": n, "weights": weights}
         if seed == args.seeds[0]:
             strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
@@ -110,7 +110,7 @@ def main(argv=None):
     titles = [text if text in seen else f"{text} (not seen)" for text in texts]
     pictures.samples_picture(out / "samples.png", titles, strips)
     report.plot(out)
-    print(report.main_table(out))
+    print(report.models_table(out, report.LONG))
     if out == report.RESULTS:
         report.main()
 

@@ -11,9 +11,6 @@
   python -m bench.datasets obeyed samples.npz ...
       how many samples have all three digits as asked, and each of them, for captions of training
       and for others; also into bench/results/bound.json
-  python -m bench.datasets unseen unseen.npz
-      without the training images of three captions: are texts obeyed that were never seen together?
-      Then python -m bench --data unseen.npz --out bench/results/unseen
   npm pack emoji-datasource
   python -m bench.datasets emoji emoji-datasource-*.tgz emoji.npz [--vendors google twitter]
       coloured pictures of 32 x 32 and their names; held out: a tenth of those with a skin tone.
@@ -40,9 +37,8 @@ from bench.models import held_out
 from bench.pack import save
 from bench.quality import Judge, read_samples
 from bench.reader import DIGITS
-from vae import captioned_digits, load_data, words_of
+from vae import load_data, words_of
 
-UNSEEN = ("bold slanted two", "thin upright five", "bold upright eight")
 TONES = {
     "1F3FB": "light skin",
     "1F3FC": "medium light skin",
@@ -82,14 +78,6 @@ def bound(n=20_000):
     unseen = np.flatnonzero(np.isin(y_test, left_out()))[:1000]
     train = {"x": x[seen], "y": y[seen]}
     return train | {"x_test": x_test[unseen], "y_test": y_test[unseen]}
-
-
-def unseen():
-    """The built-in data, of which all images of the captions in UNSEEN alone are held out."""
-    data = captioned_digits()
-    out = np.isin(data["y"], UNSEEN)
-    kept = {name: values[~out] for name, values in data.items()}
-    return kept | {f"{name}_test": values[out] for name, values in data.items()}
 
 
 def sheet_of(package, vendor, size):
@@ -189,7 +177,7 @@ def measure(paths, name, function):
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices="stacked bound unseen emoji modes obeyed".split())
+    parser.add_argument("what", choices="stacked bound emoji modes obeyed".split())
     parser.add_argument("files", type=Path, nargs="+", help=".npz to write, or of samples to read")
     parser.add_argument("--vendors", nargs="+", default=["google", "twitter"])
     parser.add_argument("--size", type=int, default=32, choices=(32, 64), help="of emoji [32]")
@@ -203,7 +191,7 @@ def main(argv=None):
         raise SystemExit(f"{path} exists already, does not end in .npz, or has no folder")
     if bool(packages) != (args.what == "emoji"):
         raise SystemExit(f"emoji takes packages and a file to write, others a file; {HOW}")
-    making = {"stacked": stacked, "bound": bound, "unseen": unseen}
+    making = {"stacked": stacked, "bound": bound}
     save(path, making[args.what]() if not packages else emoji(packages, args.vendors, args.size))
     print(path)
 

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 import prior
 from bench import likelihood, models
 from bench.pictures import picture
+from vae import load_data
 
 
 def interpolation(model, z, c, texts):
@@ -139,7 +140,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     model, checkpoint = models.load(args.run, args.device)
     x, captions = models.held_out(args.data)
-    if x.shape[1:] != tuple(model.args["shape"]):
+    if x.shape[1:] != model.args["shape"]:
         raise SystemExit(f"{args.run} was trained on other images: give its --data")
     name, known = checkpoint["name"], checkpoint["captions"]
     texts = [known[i] for i in models.evenly(6, len(known))]
@@ -161,7 +162,7 @@ def main(argv=None):
     rows = torch.stack(show(model, z, c), 1)
     picture(args.run / "path.png", [("", row) for row in rows])
     plot_losses(args.run)
-    result = likelihood.measure(model, x, captions, args.images) or {}
+    result = likelihood.measure(model, x, captions, load_data(args.data), args.images) or {}
     print(json.dumps({"model": name, "updates": checkpoint["update"], **result}))
 
 

@@ -1,8 +1,9 @@
-"""Result files: where figures are from, written whole, read where they are."""
+"""Result files, where their figures are from, and how figures are written in tables."""
 
 import json
 import os
 import platform
+import statistics
 import subprocess
 
 import numpy as np
@@ -39,3 +40,33 @@ def write(path, data):
 def read(path):
     """A result file, or {} where there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def number(values, digits=2, scale=1):
+    """The mean of values, with their deviation if there are several; a dash if there is none."""
+    if not values or None in values:
+        return "-"
+    text = f"{scale * statistics.fmean(values):.{digits}f}"
+    return f"{text} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def percent(values):
+    """The same for shares."""
+    text = number(values, 0, 100)
+    return text if text == "-" else f"{text}%"
+
+
+def significant(value):
+    """A figure of three digits, or a dash."""
+    if not value:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(head, rows):
+    """A Markdown table; nothing where there are no rows."""
+    if not rows:
+        return ""
+    rows = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])

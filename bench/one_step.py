@@ -90,7 +90,6 @@ def train(args):
     checkpoint = load(args.out)[1] if args.resume else new
     model = OneStep(**checkpoint["args"])
     model.net.load_state_dict(teacher.state_dict())
-    model.to(memory_format=torch.channels_last)
     model.embed.requires_grad_(False)  # so that the teacher understands c
 
     def loss_of(images, ids, progress):

@@ -45,27 +45,22 @@ def samples_picture(path, captions, rows):
     figure.savefig(path, dpi=100)
 
 
-def quality_against_speed(path, rows, rate):
-    """Writes a picture with a point a way to sample: FD, of its row in rows, against images/s; the
-    steps of a sampler make a curve."""
-    points = {name: (rate[name], rows[name]["fd"]["mean"]) for name in rows if name in rate}
+def quality_against_speed(path, fd, rate, curve):
+    """Writes a picture with a point a way to sample, its FD against its images/s; those of curve,
+    one sampler with more and more steps, are joined."""
+    points = {label: (rate[label], fd[label]) for label in fd if label in rate}
     if not points:
         return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    curve = [point for name, point in points.items() if name.startswith("diffusion, dpm")]
-    curve = np.array(sorted(curve)).reshape(-1, 2)
-    axes.plot(*curve.T, color="silver", zorder=1)
-    worst_first = sorted(points, key=lambda name: -points[name][1])
-    for name in worst_first:
-        if name in MODELS:
-            axes.scatter(*points[name], s=40, label=name)
-    others = [points[name] for name in points if name not in MODELS]
-    others = np.array(others).reshape(-1, 2)
-    axes.scatter(*others.T, color="silver", s=12, label="other settings")
-    if "real, held out" in rows:
-        real = rows["real, held out"]["fd"]["mean"]
-        axes.axhline(real, linestyle=":", color="black", linewidth=1, label="real images")
+    steps = [points[label] for label in curve if label in points]
+    axes.plot(*np.array(steps).reshape(-1, 2).T, "o-", color="silver", markersize=4, zorder=1)
+    for label in sorted(points, key=lambda label: -fd[label]):
+        if label in MODELS:
+            axes.scatter(*points[label], s=40, label=label)
+    for label, style in (("real, held out", ":"), ("training images replayed", "--")):
+        if label in fd:
+            axes.axhline(fd[label], linestyle=style, color="black", linewidth=1, label=label)
     figure.legend(loc="outside right upper", frameon=False)
     axes.set(xscale="log", yscale="log", xlabel="images / s", ylabel="FD (lower is better)")
     axes.yaxis.set_major_formatter("{x:.0f}")

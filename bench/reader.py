@@ -6,8 +6,8 @@ digits are read by formulas instead, the captions' own.
 
 Where there are nearly as many captions as images, a classifier has nothing to learn. There pictures
 and texts are learned into one space (a small CLIP, Radford et al. 2021), again from the training
-images alone; an image is as asked if of 100 captions its own fits best. Half of the others differ from it in the
-fewest words, as other skin tones do; half are random.
+images alone; an image is as asked if of 100 captions its own fits best. Half of the others differ
+from it in the fewest words, as other skin tones do; half are random.
 """
 
 import math
@@ -197,7 +197,8 @@ class Reader:
             order = torch.randperm(len(sets), generator=generator).tolist()
             others = [self.candidates[i] for i in order if self.candidates[i] != caption]
             asked = set(caption.split())
-            near = sorted(others, key=lambda other: len(asked ^ sets[other]))[: n // 2]  # noqa: B023
+            far = {other: len(asked ^ sets[other]) for other in others}
+            near = sorted(far, key=far.get)[: n // 2]
             rivals = [*near, *(other for other in others if other not in near)][: n - 1]
             ids = self.matcher.text.tokenize([caption, *rivals])
             right.append(self.matcher.match(out[None], ids).argmax() == 0)

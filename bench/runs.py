@@ -44,32 +44,25 @@ def start(parser, argv, train, sample):
     args = parser.parse_args(argv)
     if not (args.train or args.sample):
         return parser.print_help()
-    holds_run = any((args.out / name).exists() for name in ("checkpoint.pt", "log.jsonl"))
-    if args.train and not args.resume and holds_run:
+    if args.train and not args.resume and (args.out / "log.jsonl").exists():
         parser.error(f"{args.out} holds a run: add --resume, or take another --out")
-    if args.npz and (args.npz.exists() or not args.npz.parent.is_dir()):
-        parser.error("--npz takes a new file in a folder that exists")
-    with torch.device(args.device):
-        if args.train:
-            train(args)
-        sample(args)
+    if args.train:
+        train(args)
+    sample(args)
 
 
 def load(network, run, device):
     """The model of a run with averaged weights, and its checkpoint, read without running code."""
-    try:
-        checkpoint = torch.load(Path(run, "checkpoint.pt"), "cpu", weights_only=True)
-        model = network(**checkpoint["args"])
-        model.load_state_dict(checkpoint["ema"])
-    except Exception as error:
-        kind = network.__name__
-        raise SystemExit(f"{run} holds no run of {kind}: {type(error).__name__}") from None
+    checkpoint = torch.load(Path(run, "checkpoint.pt"), "cpu", weights_only=True)
+    model = network(**checkpoint["args"])
+    model.load_state_dict(checkpoint["ema"])
     return model.to(device, memory_format=torch.channels_last), checkpoint
 
 
 def train(args, model, checkpoint, x, captions, loss_of):
     """Trains a model with loss_of(images, word ids, progress) up to update args.train_steps, from
     the checkpoint on."""
+    model.to(args.device, memory_format=torch.channels_last)
     x, ids = x.to(args.device), model.tokenize(captions)
     ema = copy.deepcopy(model).requires_grad_(False)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -84,8 +77,8 @@ def train(args, model, checkpoint, x, captions, loss_of):
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1))
     for update in bar:
         # seeded at each update, so that a resumed run draws what one that never stopped draws
-        torch.manual_seed(hash((args.seed, -args.seed, update)))
-        i = torch.randint(len(x), (args.batch_size,))
+        torch.manual_seed(hash((args.seed, update)))
+        i = torch.randint(len(x), (args.batch_size,), device=x.device)
         progress = (update - 0.5) / args.train_steps
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             loss, log = loss_of(x[i] / 127.5 - 1, ids[i], progress)
@@ -102,9 +95,10 @@ def train(args, model, checkpoint, x, captions, loss_of):
         log = {name: value.item() for name, value in log.items()}
         if not all(map(math.isfinite, log.values())):
             raise SystemExit(f"training diverged before update {update}: lower --lr")
-        bar.set_postfix(log)
+        bar.set_postfix(log, refresh=False)
+        log = {"update": update, "seconds": bar.format_dict["elapsed"], **log}
         with open(args.out / "log.jsonl", "a") as file:
-            print(json.dumps({"update": update, **log}), file=file)
+            print(json.dumps(log), file=file)
         if save:
             checkpoint |= {name: part.state_dict() for name, part in parts.items()}
             checkpoint["update"] = update

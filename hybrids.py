@@ -300,7 +300,7 @@ def split(y):
     """A step of Haar's wavelets: blocks P of 2 x 2 values of y (B, C, S, S) become HAAR P HAAR / 2,
     a coarser picture (B, C, S/2, S/2) and details (B, 3 C, S/2, S/2)."""
     haar = y.new_tensor(HAAR)
-    blocks = rearrange(y, "b c (h i) (w j) -> b c h w i j", i=2, j=2)
+    blocks = rearrange(y, "b c (h i) (w j) -> b c h w j i", i=2, j=2)
     coarser, *details = (haar @ blocks @ haar / 2).flatten(-2).unbind(-1)
     return coarser, torch.cat(details, 1)
 
@@ -309,7 +309,7 @@ def merge(coarser, details):
     """The inverse of split, by the same product."""
     haar = coarser.new_tensor(HAAR)
     blocks = torch.stack([coarser, *details.chunk(3, 1)], -1).unflatten(-1, (2, 2))
-    return rearrange(haar @ blocks @ haar / 2, "b c h w i j -> b c (h i) (w j)")
+    return rearrange(haar @ blocks @ haar / 2, "b c h w j i -> b c (h i) (w j)")
 
 
 class Reader(nn.Module):

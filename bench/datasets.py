@@ -13,8 +13,7 @@
       and for others; also into bench/results/bound.json
   npm pack emoji-datasource
   python -m bench.datasets emoji emoji-datasource-*.tgz emoji.npz [--vendors google twitter]
-      coloured pictures of 32 x 32 and their names; held out: a tenth of those with a skin tone.
-      --size 64 takes npm pack emoji-datasource-google emoji-datasource-twitter
+      coloured pictures of 32 x 32 and their names; held out: a tenth of those with a skin tone
 
 Google's pictures are under the Apache License 2.0, Twitter's under CC BY 4.0; those of apple and
 facebook are their owners' and not to be published.
@@ -46,7 +45,6 @@ TONES = {
     "1F3FE": "medium dark skin",
     "1F3FF": "dark skin",
 }
-HOW = "npm pack emoji-datasource gets it; for --size 64, emoji-datasource-google and -twitter"
 
 
 def triples(x, captions, n, seed):
@@ -80,21 +78,18 @@ def bound(n=20_000):
     return train | {"x_test": x_test[unseen], "y_test": y_test[unseen]}
 
 
-def sheet_of(package, vendor, size):
-    """What a package says of its emoji, and a vendor's sheet of pictures on white (H, W, 3), or
-    None where the package has no such sheet."""
-    try:
-        with tarfile.open(package) as tar:
-            entries = json.load(tar.extractfile("package/emoji.json"))
-            path = f"package/img/{vendor}/sheets/{size}.png"
-            if path not in tar.getnames():
-                return entries, None
-            picture = Image.open(io.BytesIO(tar.extractfile(path).read())).convert("RGBA")
-    except (OSError, KeyError, ValueError, tarfile.TarError) as error:
-        why = " ".join(f"{error}".split())
-        raise SystemExit(f"{package} is no package of emoji: {why}; {HOW}") from None
-    white = Image.new("RGBA", picture.size, "white")
-    return entries, np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+def read_package(package, vendors):
+    """What a package says of its emoji, and each vendor's sheet of pictures on white (H, W, 3)."""
+    sheets = {}
+    with tarfile.open(package) as tar:
+        entries = json.load(tar.extractfile("package/emoji.json"))
+        for vendor in vendors:
+            file = tar.extractfile(f"package/img/{vendor}/sheets/32.png")
+            picture = Image.open(io.BytesIO(file.read())).convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            whole = Image.alpha_composite(white, picture).convert("RGB")
+            sheets[vendor] = np.asarray(whole)
+    return entries, sheets
 
 
 def forms(entry):
@@ -106,22 +101,16 @@ def forms(entry):
         yield f"{name} {tones}", variation
 
 
-def emoji(packages, vendors, size):
+def emoji(package, vendors):
     """Pictures of all vendors with their captions, a tenth of the captions with a tone held out."""
     x, y = [], []
-    for package in packages:
-        for vendor in vendors:
-            entries, sheet = sheet_of(package, vendor, size)
-            if sheet is None:
-                continue
-            cell = size + 2  # with a margin of one pixel
-            for caption, form in (pair for entry in entries for pair in forms(entry)):
-                if form.get(f"has_img_{vendor}"):
-                    top, left = form["sheet_y"] * cell + 1, form["sheet_x"] * cell + 1
-                    x.append(sheet[top : top + size, left : left + size])
-                    y.append(caption)
-    if not x:
-        raise SystemExit(f"no sheet of {size} by {' or '.join(vendors)} in the packages; {HOW}")
+    entries, sheets = read_package(package, vendors)
+    for vendor, sheet in sheets.items():
+        for caption, form in (pair for entry in entries for pair in forms(entry)):
+            if form.get(f"has_img_{vendor}"):
+                top, left = 34 * form["sheet_y"] + 1, 34 * form["sheet_x"] + 1  # with a margin
+                x.append(sheet[top : top + 32, left : left + 32])
+                y.append(caption)
     x, y = np.stack(x), np.array(y)
     toned = sorted({caption for caption in y.tolist() if caption.endswith(" skin")})
     chosen = np.random.default_rng(0).permutation(toned)[: len(toned) // 10]
@@ -180,19 +169,16 @@ def main(argv=None):
     parser.add_argument("what", choices="stacked bound emoji modes obeyed".split())
     parser.add_argument("files", type=Path, nargs="+", help=".npz to write, or of samples to read")
     parser.add_argument("--vendors", nargs="+", default=["google", "twitter"])
-    parser.add_argument("--size", type=int, default=32, choices=(32, 64), help="of emoji [32]")
     args = parser.parse_args(argv)
     if args.what == "modes":
         return measure(args.files, "stacked", modes)
     if args.what == "obeyed":
         return measure(args.files, "bound", obeyed)
     *packages, path = args.files
-    if path.exists() or path.suffix != ".npz" or not path.parent.is_dir():
-        raise SystemExit(f"{path} exists already, does not end in .npz, or has no folder")
     if bool(packages) != (args.what == "emoji"):
-        raise SystemExit(f"emoji takes packages and a file to write, others a file; {HOW}")
-    making = {"stacked": stacked, "bound": bound}
-    save(path, making[args.what]() if not packages else emoji(packages, args.vendors, args.size))
+        parser.error("emoji takes a package and a file to write, others a file")
+    made = {"stacked": stacked, "bound": bound, "emoji": lambda: emoji(*packages, args.vendors)}
+    save(path, made[args.what]())
     print(path)
 
 

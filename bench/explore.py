@@ -2,11 +2,11 @@
 
   python -m bench.explore runs/vae [--data FILE.npz]
 
+  idea.png            one z a row, one text a column
   interpolation.png   from one z to another under one text, and between two texts at one z
   reconstruction.png  held-out images, and what sample makes of what encode makes of them
   path.png            how an image comes about: x_hat at each step of a sampler, scales of a flow;
                       where one step is all, a walk along the latents that matter most
-  loss.png            what was logged in training
 
 The last line printed is a JSON object: the run's model and, where it has a likelihood, bits_per_dim
 of held-out images, its standard_error, and what kind of statement that is.
@@ -21,11 +21,10 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for a call by file name
 
 import torch
-from matplotlib.figure import Figure
 
 import prior
 from bench import likelihood, models
-from bench.pictures import picture
+from bench.pictures import picture, samples_picture
 from vae import load_data
 
 
@@ -41,6 +40,16 @@ def interpolation(model, z, c, texts):
         frames.append(torch.cat([above, below]))
     titles = [f"{text} to {other}" for text, other in zip(texts, texts[1:] + texts[:1])]
     return list(zip(texts + titles, torch.stack(frames, 1)))
+
+
+def idea(model, texts, device):
+    """Of six z the images for each text, and the texts."""
+    c = model.embed(model.tokenize(texts))
+    strips = []
+    for z in prior.sample(6, *model.latent_shape, seed=0).to(device).split(1):
+        torch.manual_seed(0)
+        strips.append(("", model.sample(z.expand(len(c), *z.shape[1:]), c)))
+    return texts, strips
 
 
 def recorded(model, name, z, c):
@@ -90,43 +99,13 @@ def walk(model, z, c):
     return [frame[most] for frame in frames]
 
 
-def rows_written(model, z, c):
-    """An image while it is written, every fourth row."""
-    x = model.sample(z, c)
-    row = torch.arange(x.shape[2], device=x.device)[:, None]
-    return [torch.where(row < n, x, -1) for n in range(0, len(row) + 1, 4)]
-
-
-def leaps(model, z, c):
-    """The image of one jump, of two, four and eight."""
-    return [model.sample(z, c, steps=n) for n in (1, 2, 4, 8)]
-
-
 # the member that tells how a model comes to an image, and what shows it
 PATHS = {
     "velocity": steps,
     "stacks": scales,
     "denoise": jumps,
     "decode": walk,
-    "window": rows_written,
-    "mean_velocity": leaps,
 }
-
-
-def plot_losses(run):
-    """loss.png: each logged value over the updates; of an update logged twice, the last counts."""
-    rows, path = {}, run / "log.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
-        rows[row.pop("update")] = row
-    if not rows:
-        return
-    n = -(-len(row) // 3)
-    figure = Figure(figsize=(10, 2.5 * n), layout="constrained")
-    for i, name in enumerate(row):
-        axes = figure.add_subplot(n, 3, i + 1, title=name)
-        axes.plot(rows.keys(), [each.get(name) for each in rows.values()], linewidth=0.8)
-    figure.savefig(run / "loss.png", dpi=80)
 
 
 @torch.no_grad()
@@ -146,6 +125,8 @@ def main(argv=None):
     texts = [known[i] for i in models.evenly(6, len(known))]
     c = model.embed(model.tokenize(texts).to(args.device))
     z = prior.sample(len(c), *model.latent_shape, seed=0).to(args.device)
+    eight = sorted(set(known))[:: max(1, len(set(known)) // 8)][:8]
+    samples_picture(args.run / "idea.png", *idea(model, eight, args.device))
     picture(args.run / "interpolation.png", interpolation(model, z, c, texts))
     if hasattr(model, "encode"):
         chosen = models.evenly(12, len(x))
@@ -158,10 +139,9 @@ def main(argv=None):
         back = model.sample(code, model.embed(ids), **undone)
         rows = [("held out", some), ("encoded and sampled again", back)]
         picture(args.run / "reconstruction.png", rows)
-    show = next(show for member, show in PATHS.items() if hasattr(model, member))
-    rows = torch.stack(show(model, z, c), 1)
-    picture(args.run / "path.png", [("", row) for row in rows])
-    plot_losses(args.run)
+    for show in [show for member, show in PATHS.items() if hasattr(model, member)][:1]:
+        rows = torch.stack(show(model, z, c), 1)
+        picture(args.run / "path.png", [("", row) for row in rows])
     result = likelihood.measure(model, x, captions, load_data(args.data), args.images) or {}
     print(json.dumps({"model": name, "updates": checkpoint["update"], **result}))
 

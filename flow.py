@@ -9,23 +9,23 @@ side and details, and that picture again, until its side is odd or at most 256 v
 (Wavelet Flow, Yu et al. 2020). In terms of these,
   y = x + s eps in the details,   x + s_0 eps in the coarsest picture,   eps ~ N(0, I)         (1)
 s_0 is larger: with little noise a likelihood gains most by small deviations, and large forms and
-colours, which a text is about, are neglected. With c, the text's vector, it is exact that
+colours, which a text is about, are neglected. Haar's step is orthogonal, so, with c of a text,
   log p(y | c) = log p(coarsest picture | c) + sum of log p(details | coarser picture, c)      (2)
 
 Each part h, the coarsest picture or some details, is made N(0, I): first h <- (h - mean) / std,
-then by couplings (RealNVP, Dinh et al. 2017), knowing c or features of the coarser picture and c.
+then by couplings (RealNVP, Dinh et al. 2017), knowing c or, of details, Reader(coarser picture, c).
 Each changes some channels h_b, given the others, h_a; the last all of them, by what is known alone:
   h_b <- (h_b - shift) exp(-r),   (shift, r) = net(h_a, known),   r between -2 and 2           (3)
 So its inverse is exact, and its log-determinant a sum:
   log p = log N(z; 0, I) + log |det dz/dh|,   the sum of all -r and of -log std                (4)
 
-To sample, z ~ N(0, I) goes back from the last coupling to the first, the coarsest picture first:
+To sample, z ~ N(0, I), times a temperature, goes back from the last coupling to the first:
   h_b <- h_b exp(r) + shift,   and at last h <- h std + mean                                   (5)
 Guidance w, a heuristic as in TarFlow, exaggerates what the text changes in the coarsest picture:
   (shift, r) = net(h_a, "") + w (net(h_a, c) - net(h_a, ""))                                   (6)
-With another w than 1, r is clamped to [-2, 2] and h_b to [-4, 4], as far as training images go.
+With another w than 1, r is clamped to [-2, 2] and h_b to [-4, 4], about the range in training.
 
-At last a network takes the noise out. By absolute error it learns the median of what x may be:
+At last a network d takes the noise out. By absolute error it learns the median of what x may be:
   m(y) = y + s d(y, c),   minimizing E |m(y) - x| / s                                          (7)
 
 Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
@@ -142,7 +142,7 @@ def merge(coarser, details):
 
 
 class Reader(nn.Module):
-    """Reads pictures (B, C, H, H) of texts' c (B, E) -> (B, out, H, H), each place by itself."""
+    """Reads pictures (B, C, H, H), given c (B, E) -> (B, out, H, H), at one resolution."""
 
     def __init__(self, channels, side, dim, width, out):
         super().__init__()
@@ -196,7 +196,7 @@ class Coupling(nn.Module):
 
 
 class Stack(nn.Module):
-    """One factor of (2): makes h (B, n, H, W) N(0, I), given what is known (B, m, H, W)."""
+    """One term of (2): makes h (B, n, H, W) N(0, I), given what is known (B, m, H, W)."""
 
     def __init__(self, n, known, width, kernel, couplings):
         super().__init__()
@@ -273,7 +273,7 @@ class Flow(nn.Module):
         return x + self.synthesize([s * eps for s, eps in parts])              # (1)
 
     def factors(self, y, c, every=1):
-        """z and log |det dz/dh| of each part of y, the finest details first, these of one image in
+        """z and log |det dz/dh| of each part of y, the finest first, details for one image in
         `every`. The text learns from the coarsest picture alone, which details would outweigh."""
         factors = []
         for reader, stack in zip(self.readers, self.stacks):

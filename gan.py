@@ -83,7 +83,7 @@ def grid_widths(side, width):
 
 
 class Encoder(nn.Module):
-    """Reads images (B, C, S, S) from the finest grid to the coarsest, h. position tells pixels
+    """Reads images (B, C, S, S) from the finest grid to the coarsest, h. position tells places
     apart, which a convolution alone does not."""
 
     def __init__(self, shape, width, dim):
@@ -198,7 +198,7 @@ class GAN(nn.Module):
 
     def loss(self, x, c, gamma=2.5, kind="relativistic"):
         """duel's number for (2) and (3), and its log, for x (B, C, S, S) in [-1, 1] and c (B, E).
-        c is detached from G: its loss would move the text against D's."""
+        c is detached for G: G's loss would move the text against D's."""
         z = prior.sample(len(x), *self.latent_shape, device=x.device)
         fake = self.decode(z, c.detach())
         return duel(self.critic, x, fake, c, gamma, kind)
@@ -228,9 +228,9 @@ def duel(critic, real, fake, c, gamma, kind="relativistic"):
         gap = -d_fake
         loss_d = F.softplus(-d_real) + F.softplus(d_fake) + gamma / 2 * r1
     # G's loss is softplus(gap), which falls as D(x_hat) rises. By the chain rule its gradient for
-    # x_hat is -sigmoid(gap) times D's slope there, which is known from R2; so has -sigmoid(gap)
+    # x_hat is -sigmoid(gap) times D's slope there, known from R2: the gradient of -sigmoid(gap)
     # slope fake, the first two held fixed. Where a value is out of range, and D would rise if it
-    # went further out, it is left out.
+    # went further out, keep is False.
     _, slope_fake = slope.detach().chunk(2)
     keep = slope_fake * (fake - drawn).detach() <= 0
     rise = (keep * slope_fake * fake).sum((1, 2, 3))
@@ -289,7 +289,7 @@ def train(args):
     model.tokenize(args.caption or [""])  # an unknown word ends the program now, not at the end
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.0, 0.99), fused=True)
-    critic = [*model.critic.parameters(), *model.embed.parameters()]  # the text is D's
+    critic = [*model.critic.parameters(), *model.embed.parameters()]  # with the text
     generator = [p for p in model.parameters() if p not in {*critic}]
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     if args.resume:

@@ -2,7 +2,7 @@
 
   z or x, text -> the model's own way -> x_hat;   x or x_hat, text -> D -> how real it looks
 
-D learns as in gan.py; what it sees as x and as x_hat is told of each model. The model's loss is its
+D learns as in gan.py; what it sees as x and x_hat is told for each model. The model's loss is its
 own, L, per value, plus w times that of a generator. c is the text's vector, c' another text's, R1
 and R2 are the penalties of gan.py (4), and gamma is 1:
   D's loss = softplus(D(x_hat, c) - D(x, c)) + softplus(D(x, c') - D(x, c)) / 4
@@ -19,8 +19,8 @@ per value, too. beta falls as in vae.py (4), but only to 16, by trial; w = 1:
     beta = 100 * 0.16^progress                                                                 (3)
 
 flow-gan (Grover et al. 2018). A flow of high likelihood may still draw what looks wrong. The flow
-of flow.py learns alone in the first 60% of the updates. Then D compares, for every eighth image, m
-of x with fresh noise and m of a draw of the flow, m as in flow.py (7). Draws have guidance 1.5 and
+of flow.py learns alone in the first 60% of the updates. Then D compares, for every eighth image,
+m(x + fresh noise) and m(a draw of the flow), m as in flow.py (7). Draws have guidance 1.5 and
 temperature 0.8, as samples have; m learns from D, too. w = 0.01: more harms the likelihood.
   L = -log2 p(y | c) per value, plus flow.py (7)                                               (4)
 
@@ -36,7 +36,7 @@ fake one from x', with one eps. L keeps them close (Xu et al. 2024), as a mean o
 gamma is 0.05 here. From (6), G learns what a text asks for, so that (1) goes without its term with
 c', which by trial led samples further from real images.
 
-D's loss and L teach the text, in each of the three; G's loss does so in diffusion-gan alone.
+D's loss and L (flow-gan: its coarsest part) teach the text; G's loss in diffusion-gan alone.
 
 Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
 other real images (bench/RESULTS.md): vae-gan 5.6 minutes, FD 12.7 ± 0.6, 95 ± 1% of texts obeyed;
@@ -109,7 +109,7 @@ def grid_widths(side, width):
 
 class Encoder(nn.Module):
     """Reads images (B, C, S, S) from the finest grid to the coarsest, h. skips are the finer ones.
-    position tells pixels apart, which a convolution alone does not."""
+    position tells places apart, which a convolution alone does not."""
 
     def __init__(self, shape, width, dim, norm=True):
         super().__init__()
@@ -222,9 +222,9 @@ def duel(critic, real, fake, c, gamma, weight=1.0, bound=1.0, others=0.25):
     if others:
         loss_d = loss_d + others * F.softplus(critic(real, c.roll(1, 0)) - d_real)
     # G's loss is softplus(gap), which falls as D(x_hat) rises. By the chain rule its gradient for
-    # x_hat is -sigmoid(gap) times D's slope there, which is known from R2; so has -sigmoid(gap)
+    # x_hat is -sigmoid(gap) times D's slope there, known from R2: the gradient of -sigmoid(gap)
     # slope fake, the first two held fixed. Where a value is out of range, and D would rise if it
-    # went further out, it is left out.
+    # went further out, keep is False.
     _, slope_fake = slope.detach().chunk(2)
     keep = slope_fake * (fake - drawn).detach() <= 0
     rise = (keep * slope_fake * fake).sum((1, 2, 3))
@@ -313,7 +313,7 @@ def merge(coarser, details):
 
 
 class Reader(nn.Module):
-    """Reads pictures (B, C, H, H) of texts' c (B, E) -> (B, out, H, H), each place by itself."""
+    """Reads pictures (B, C, H, H), given c (B, E) -> (B, out, H, H), at one resolution."""
 
     def __init__(self, channels, side, dim, width, out):
         super().__init__()
@@ -367,7 +367,7 @@ class Coupling(nn.Module):
 
 
 class Stack(nn.Module):
-    """One factor of flow.py (2): makes h (B, n, H, W) N(0, I), given what is known (B, m, H, W)."""
+    """One term of flow.py (2): makes h (B, n, H, W) N(0, I), given what is known (B, m, H, W)."""
 
     def __init__(self, n, known, width, kernel, couplings):
         super().__init__()
@@ -445,7 +445,7 @@ class FlowGAN(nn.Module):
         return x + self.synthesize([s * eps for s, eps in parts])              # flow.py (1)
 
     def factors(self, y, c, every=1):
-        """z and log |det dz/dh| of each part of y, the finest details first, these of one image in
+        """z and log |det dz/dh| of each part of y, the finest first, details for one image in
         `every`. The text learns from the coarsest picture alone, which details would outweigh."""
         factors = []
         for reader, stack in zip(self.readers, self.stacks):
@@ -473,7 +473,7 @@ class FlowGAN(nn.Module):
     def loss(self, x, c, progress=1.0, gamma=1.0):
         """A number and a log, for x (B, C, S, S) in [-1, 1], c (B, E) and the share of training
         done. By its gradient the flow learns (2) with (4), D learns (1) from each eighth image, and
-        the text (4) and (1). In the first 60% of training there is (4) alone."""
+        the text (1) and (4)'s coarsest term. Until 60% there is (4) alone."""
         y = self.add_noise(x)
         nats = 0
         for z, log_det in self.factors(y, c, every=4):
@@ -521,7 +521,7 @@ class DiffusionGAN(nn.Module):
         self.critic.time = nn.Embedding(self.steps + 1, dim)
 
     def denoise(self, x_t, k, c):
-        """x' = G(x_t, t, z, c) with a fresh z, for x_t (B, C, S, S) at t of k, k (B,) or (1,)."""
+        """x' = G(x_t, t, z, c) with a fresh z, for x_t (B, C, S, S) at step k, (B,) or (1,)."""
         z = prior.sample(len(x_t), self.latent, device=x_t.device)
         emb = c + self.time(k) + self.style(z.to(c.dtype))
         h, skips = self.encoder(x_t.to(c.dtype), emb)
@@ -633,7 +633,7 @@ def train(args):
         model.fit(x)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), betas=args.betas, fused=True)
-    critic = [*model.critic.parameters(), *model.embed.parameters()]  # the text is D's
+    critic = [*model.critic.parameters(), *model.embed.parameters()]  # with the text
     generator = [p for p in model.parameters() if p not in {*critic}]
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     if args.resume:
@@ -664,7 +664,7 @@ def train(args):
         (loss / RANKS).backward()
         if RANKS > 1:
             for p in model.parameters():
-                if p.grad is not None:  # as that of flow-gan's critic is at first
+                if p.grad is not None:  # flow-gan's critic has none at first
                     dist.all_reduce(p.grad)
         # each by itself: spikes of D's gradient do not shrink G's step
         log["grad_norm_critic"] = nn.utils.clip_grad_norm_(critic, 1.0)

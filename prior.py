@@ -1,7 +1,7 @@
 """The prior N(0, I): every generator here turns a draw of it, and a text, into an image.
 
 Why a standard normal? It is easy to sample. It looks the same in every direction, so that an arc
-between two draws passes only latents as they are drawn (`slerp`). The KL divergence to it from
+between two draws stays where draws are common (`slerp`). The KL divergence to it from
 another normal has a closed form (`kl`). And any normal draw is a shifted and scaled draw of it, so
 that gradients reach mu and sigma (`reparameterize`).
 """
@@ -42,7 +42,7 @@ def kl(mu, log_var):
 def slerp(z0, z1, t):
     """The arc from z0 (B, ...) at t = 0 to z1 at t = 1, t a number or (B,). Draws of N(0, I) have
     nearly one length, which the arc keeps; a straight line would cut through the middle, where
-    there are no draws (White 2016). Between parallel vectors it is the line."""
+    draws are rare (White 2016). Between parallel vectors it is the line."""
     broadcast = -1, *[1] * (z0.ndim - 1)
     t = torch.as_tensor(t, dtype=z0.dtype, device=z0.device).view(broadcast)
     cos = torch.cosine_similarity(z0.flatten(1), z1.flatten(1))

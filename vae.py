@@ -6,8 +6,8 @@ The encoder turns an image x and c, the vector of its text, into a normal distri
 is written so that gradients reach mu and sigma (Kingma & Welling 2014):
   q(z | x, c) = N(mu, sigma^2),   z = mu + sigma eps,   eps ~ N(0, I)                          (1)
 The decoder turns z and c into an image x_hat. The probability of a pixel value x is what a logistic
-distribution about x_hat, of one learned scale s, gives to the bin of x, which is 2/255 wide and for
-black and white open (Salimans et al. 2017; Rybkin et al. 2021). Of an image it is the product:
+distribution about x_hat, of a learned scale s, gives to the bin of x, 2/255 wide and open-ended at
+-1 and 1 (Salimans et al. 2017; Rybkin et al. 2021). Values' probabilities multiply; of one it is
   p(x | z, c) = sigmoid((x + 1/255 - x_hat) / s) - sigmoid((x - 1/255 - x_hat) / s)            (2)
 The likelihood of x is an integral over z that cannot be computed, but it has a lower bound, the
 ELBO, where KL, the divergence of (1) from N(0, I), has a closed form:
@@ -91,7 +91,7 @@ def grid_widths(side, width):
 
 
 class Encoder(nn.Module):
-    """Reads images (B, C, S, S) from the finest grid to the coarsest, h. position tells pixels
+    """Reads images (B, C, S, S) from the finest grid to the coarsest, h. position tells places
     apart, which a convolution alone does not."""
 
     def __init__(self, shape, width, dim):

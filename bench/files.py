@@ -3,13 +3,22 @@
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench.models import ROOT
+
+
+def cpu():
+    """The name of the processor, where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
+    return f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def environment(device="cpu"):
@@ -21,7 +30,7 @@ def environment(device="cpu"):
     commit = os.environ.get("COMMIT") or git("rev-parse --short HEAD") or "unknown"
     if git("status --porcelain -- . ':!bench/results' ':!*.md'"):
         commit += "-dirty"
-    cores = f"{os.cpu_count()} cores of {platform.machine()}"
+    cores = f"{os.cpu_count()} cores of {cpu()}"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cores,
         "commit": commit,

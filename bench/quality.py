@@ -18,6 +18,7 @@ and for two baselines that must fail: training images replayed, and one image a 
              as many random training images as there are samples, so that for a perfect model
              precision and recall are near 0.95 and coverage near 0.97
   sharpness  mean absolute Laplacian over that of the training images; both sides of 1 are wrong
+  grid       power at periods of 2 and 4 pixels over that beside: of real images, or it is a pattern
   nearest    median distance of a sample to its nearest training image, in pixels, over the same
              for held-out images; well under 1 are copies
   diversity  mean distance of two samples of one caption, in features, over the training images'
@@ -91,6 +92,17 @@ def sharpness(x):
     return (beside + above - 4 * middle).abs().mean().item()
 
 
+def grid(x, period):
+    """The power of images, uint8 (N, C, S, S), at a period along either axis, over that of the
+    frequencies beside it: what a decoder's strides leave in an image shows as more than in real
+    ones."""
+    x, at = x.double(), x.shape[2] // period
+    powers = [torch.fft.rfft(x, dim=dim).abs().square().mean((0, 1, 5 - dim)) for dim in (2, 3)]
+    power = sum(powers)
+    beside = [power[i] for i in (at - 1, at + 1) if i < len(power)]
+    return (power[at] / torch.stack(beside).mean()).item()
+
+
 def diversity(features, captions):
     """Mean distance between two images of one caption, over captions with two or more."""
     groups = {}
@@ -161,6 +173,7 @@ class Judge:
             "fd": float(frechet_distance(self.features, features)),
             **manifold_figures(self.features[self.random(len(x))], features),
             "sharpness": ratio(sharpness(x), self.sharpness),
+            "grid": [grid(x, 2), grid(x, 4)],
             "nearest": ratio(self.distance(x), self.held_out),
             "diversity": ratio(diversity(features, captions), self.diversity),
         }

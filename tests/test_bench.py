@@ -91,6 +91,16 @@ class TestFigures:
         assert quality.diversity(features, list("abcde")) is None
         assert quality.ratio(1.0, 0) is quality.ratio(None, 1) is None
 
+    def test_a_grid_shows_at_its_period(self):
+        x = bytes_of(50, 3, 16, 16, top=40)
+        assert quality.grid(x, 2) == pytest.approx(1, abs=0.1)
+        columns = x.clone()
+        columns[..., ::4] += 50  # and of period 2, by its harmonic
+        assert quality.grid(columns, 4) > 5 and quality.grid(columns, 2) > 5
+        columns = x.clone()
+        columns[..., ::2, :] += 50
+        assert quality.grid(columns, 2) > 5 and quality.grid(columns, 4) < 1.2
+
     def test_attributes_are_places_in_the_caption_or_the_caption(self):
         assert reader.attributes(["a b", "c d"]) == [["a", "c"], ["b", "d"]]
         assert reader.attributes(["a b", "c"]) == [["a b", "c"]]

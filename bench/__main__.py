@@ -102,7 +102,7 @@ def main(argv=None):
             row |= {"parameters": sum(p.numel() for p in model.parameters())}
             if label == name and seed == args.seeds[0]:
                 trained = judge.x, judge.captions
-                some = 50 if args.quick else 500
+                some = 50 if args.quick else 200
                 row["likelihood"] = likelihood.measure(model, *held_out, trained, some)
             add(label, seed, row, stamp)
 

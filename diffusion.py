@@ -113,25 +113,24 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Draws images (B, C, S, S) from the coarsest grid, h, to the finest, given an encoder's skips.
-    Grids are doubled by interpolation: a transposed convolution would leave a pattern."""
+    """Draws v (B, C, S, S) from the coarsest grid, h, to the finest, given an encoder's skips. v is
+    part noise, which interpolation, as in other decoders, cannot draw: each pixel has weights."""
 
     def __init__(self, shape, width, dim):
         super().__init__()
         widths = grid_widths(shape[1], width)[::-1]
         self.first = Block(widths[0], dim)
         self.blocks = nn.ModuleList(Block(w, dim) for w in widths)
-        self.grow = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(widths))
-        self.twice = nn.Upsample(scale_factor=2, mode="bilinear")
+        grow = [nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
+        self.grow = nn.ModuleList(grow)
         self.norm = Norm(width)
-        self.head = nn.Conv2d(width, shape[0], 3, padding=1)
+        self.head = nn.ConvTranspose2d(width, shape[0], 6, stride=2, padding=2)
 
     def forward(self, h, emb, skips):
         h = self.blocks[0](self.first(h, emb), emb)                        # (B, 2 width, S/4, S/4)
         for grow, block, skip in zip(self.grow, self.blocks[1:], reversed(skips)):
-            h = block(self.twice(grow(h)) + skip, emb)                    # (B, width, S/2, S/2)
-        h = F.silu(self.norm(h))
-        return self.head(self.twice(h)).float()                           # (B, C, S, S)
+            h = block(grow(h) + skip, emb)                                 # (B, width, S/2, S/2)
+        return self.head(F.silu(self.norm(h))).float()                     # (B, C, S, S)
 
 
 def words_of(caption):

@@ -24,7 +24,7 @@ from vae import captioned_digits, load_data, words_of
 
 ROOT = Path(__file__).parent.parent
 HERE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-LAYERS = nn.Linear, nn.Conv2d
+LAYERS = nn.Linear, nn.Conv2d, nn.ConvTranspose2d
 MODELS = {
     "vae": "vae.VAE",
     "gan": "gan.GAN",

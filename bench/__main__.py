@@ -69,10 +69,19 @@ def main(argv=None):
     print("a classifier of real images learns to read")
     judge = Judge(data)
     held_out = judge.x_test, judge.captions_test
-    # as many as there are held-out images, if these are enough for a distance
-    n = 200 if args.quick else len(judge.x_test) if 500 <= len(judge.x_test) <= 1000 else 1000
-    known = [judge.captions[i] for i in models.evenly(n, len(judge.x))]
-    asked = [judge.captions_test[i] for i in models.evenly(min(n, 500), len(judge.x_test))]
+    n = len(judge.x_test)  # as many as there are, if these are enough for a distance
+    if not 500 <= n <= 1000:
+        n = 1000
+    if args.quick:
+        n = 200
+    places = models.evenly(n, len(judge.x))
+    known = [judge.captions[i] for i in places]
+    places = models.evenly(min(n, 500), len(judge.x_test))
+    asked = [judge.captions_test[i] for i in places]
+
+    def is_there(label, seed, stamp):
+        row = results["rows"].get(label, {}).get(str(seed), {})
+        return stamp.items() <= row.items()
 
     def add(label, seed, row, stamp):
         row = {"commit": here["commit"], **row, **stamp}
@@ -81,9 +90,10 @@ def main(argv=None):
 
     stamp = {"images": len(judge.x), "asked": n}
     for label, images in judge.baselines(n).items():
-        if not stamp.items() <= results["rows"].get(label, {}).get("0", {}).items():
+        if not is_there(label, 0, stamp):
             add(label, 0, judge.measure(*images), stamp)
-    texts, strips = args.caption or [asked[i] for i in models.evenly(10, len(asked))], []
+    places, strips = models.evenly(10, len(asked)), []
+    texts = args.caption or [asked[i] for i in places]
     for seed, name in pairs:
         run = run_of[seed, name]
         model, checkpoint = models.load(run, args.device)
@@ -92,7 +102,7 @@ def main(argv=None):
         if seed == args.seeds[0]:
             strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
         for label, options in models.settings(name).items():
-            if stamp.items() <= results["rows"].get(label, {}).get(str(seed), {}).items():
+            if is_there(label, seed, stamp):
                 continue
             print(f"measuring {label}, training seed {seed}", flush=True)
             row = judge.likeness(models.draw(model, known, 0, **options), known)

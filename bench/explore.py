@@ -46,9 +46,10 @@ def idea(model, texts, device):
     """Of six z the images for each text, and the texts."""
     c = model.embed(model.tokenize(texts))
     strips = []
-    for z in prior.sample(6, *model.latent_shape, seed=0).to(device).split(1):
+    for z in prior.sample(6, *model.latent_shape, seed=0).split(1):
         torch.manual_seed(0)
-        strips.append(("", model.sample(z.expand(len(c), *z.shape[1:]), c)))
+        z = z.to(device).expand(len(c), *model.latent_shape)
+        strips.append(("", model.sample(z, c)))
     return texts, strips
 
 
@@ -91,7 +92,8 @@ def scales(model, z, c):
 
 def walk(model, z, c):
     """Each of the latents that change an image most, a row each, from -2.5 to 2.5."""
-    z, c = z[:1].repeat(z.shape[1], 1), c[:1].expand(z.shape[1], -1)
+    n = z.shape[1]
+    z, c = z[:1].repeat(n, 1), c[:1].expand(n, -1)
     values = torch.linspace(-2.5, 2.5, 11).tolist()
     frames = [model.sample(z.clone().fill_diagonal_(value), c) for value in values]
     change = (frames[-1] - frames[0]).abs().flatten(1).sum(1)
@@ -125,7 +127,8 @@ def main(argv=None):
     texts = [known[i] for i in models.evenly(6, len(known))]
     c = model.embed(model.tokenize(texts).to(args.device))
     z = prior.sample(len(c), *model.latent_shape, seed=0).to(args.device)
-    eight = sorted(set(known))[:: max(1, len(set(known)) // 8)][:8]
+    every = sorted(set(known))
+    eight = [every[i] for i in models.evenly(8, len(every))]
     samples_picture(args.run / "idea.png", *idea(model, eight, args.device))
     picture(args.run / "interpolation.png", interpolation(model, z, c, texts))
     if hasattr(model, "encode"):
@@ -142,7 +145,8 @@ def main(argv=None):
     for show in [show for member, show in PATHS.items() if hasattr(model, member)][:1]:
         rows = torch.stack(show(model, z, c), 1)
         picture(args.run / "path.png", [("", row) for row in rows])
-    result = likelihood.measure(model, x, captions, load_data(args.data), args.images) or {}
+    trained = load_data(args.data)
+    result = likelihood.measure(model, x, captions, trained, args.images) or {}
     print(json.dumps({"model": name, "updates": checkpoint["update"], **result}))
 
 

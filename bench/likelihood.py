@@ -51,20 +51,25 @@ def importance_weighted(model, x, c, known):
 def noisy_density(model, x, c, known):
     """The bound on -log P(x) in nats, (B,), from one draw of the noise."""
     some, texts = known[0][:100], known[1][:100]
-    m = model.clean(model.add_noise(some), texts)
-    fits = [log_logistic(some, m, log_scale).mean() for log_scale in SCALES.to(x.device)]
-    log_scale = SCALES[torch.stack(fits).argmax().item()].to(x.device)
+    m, scales = model.clean(model.add_noise(some), texts), SCALES.to(x.device)
+    fits = [log_logistic(some, m, log_scale).mean() for log_scale in scales]
+    log_scale = scales[torch.stack(fits).argmax()]
     y = model.add_noise(x)
-    guess = log_logistic(x, model.clean(y, c), log_scale).flatten(1).sum(1)
-    log_p = sum(prior.log_prob(z) + log_det for z, log_det in model.factors(y, c))
-    return -log_p - guess - noise_entropy(model)
+    guess = log_logistic(x, model.clean(y, c), log_scale)
+    log_p = 0
+    for z, log_det in model.factors(y, c):
+        log_p = log_p + prior.log_prob(z) + log_det
+    return -log_p - guess.flatten(1).sum(1) - noise_entropy(model)
 
 
 def noise_entropy(model):
     """The entropy of the noise of a flow, that is of y given x, in nats."""
-    parts = model.analyze(torch.zeros(1, *model.latent_shape, device=model.stacks[0].std.device))
-    log_s = sum(part.numel() * math.log(s) for part, s in zip(parts, model.scales))
-    return 0.5 * math.prod(model.latent_shape) * math.log(2 * math.pi * math.e) + log_s
+    y = torch.zeros(1, *model.latent_shape, device=model.stacks[0].std.device)
+    nats = 0
+    for part, s in zip(model.analyze(y), model.scales):
+        of_value = 0.5 * math.log(2 * math.pi * math.e) + math.log(s)
+        nats = nats + part.numel() * of_value
+    return nats
 
 
 def log_noise(y):
@@ -72,10 +77,12 @@ def log_noise(y):
     (x_k + u) + START eps, u uniform in the bin and eps ~ N(0, 1)."""
     k = torch.linspace(-1, 1, 256, dtype=torch.double, device=y.device)
     half = (1 - START) / 255
-    distance = (y.double()[..., None] - (1 - START) * k).abs()  # the density is symmetric
-    upper, lower = (half - distance) / START, (-half - distance) / START
-    a, b = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    return a + torch.log1p(-(b - a).exp()) - math.log(2 * half)
+    distance = y.double()[..., None] - (1 - START) * k
+    distance = distance.abs()  # the density is symmetric
+    a = torch.special.log_ndtr((half - distance) / START)
+    b = torch.special.log_ndtr((-half - distance) / START)
+    a = a + torch.log1p(-(b - a).exp())
+    return a - math.log(2 * half)
 
 
 def probability_flow(model, x, c, known):
@@ -92,14 +99,15 @@ def probability_flow(model, x, c, known):
             (product,) = torch.autograd.grad(v, z, probe)  # probe^T dv/dz
         return v.detach(), (product * probe).flatten(1).sum(1)
 
-    for t, s in pairwise(torch.logspace(math.log10(START), 0, STEPS + 1).tolist()):
+    times = torch.logspace(math.log10(START), 0, STEPS + 1)
+    for t, s in pairwise(times.tolist()):
         v, divergence = slope(z, t)
         v_s, divergence_s = slope(z + (s - t) * v, s)
         z = z + (s - t) / 2 * (v + v_s)
         change = change + (s - t) / 2 * (divergence + divergence_s)
-    count = torch.bincount((127.5 * (known[0] + 1)).round().long().flatten(), minlength=256)
-    log_share = ((count + 1e-9) / count.sum()).log()
-    k = (127.5 * (x + 1)).round().long()
+    k, values = ((127.5 * (images + 1)).round().long() for images in (x, known[0]))
+    count = torch.bincount(values.flatten(), minlength=256) + 1e-9
+    log_share = (count / count.sum()).log()
     # of log q(y | x) - log P(x | y), q(y | x) cancels
     of_y = torch.logsumexp(log_share + log_noise(y), -1) - log_share[k]
     return of_y.flatten(1).sum(1) - prior.log_prob(z) - change
@@ -125,13 +133,17 @@ def measure(model, x, captions, known, n=500, seed=0, batch=50):
 
     def some(x, captions, n):
         chosen = evenly(min(n, len(x)), len(x))
-        c = model.embed(model.tokenize([captions[i] for i in chosen]).to(device))
-        return x[chosen].to(device) / 127.5 - 1, c.detach()
+        texts = [captions[i] for i in chosen]
+        c = model.embed(model.tokenize(texts).to(device))
+        x = x[chosen].to(device)
+        return x / 127.5 - 1, c.detach()
 
     torch.manual_seed(seed)
     known, (x, c) = some(*known, 1000), some(x, captions, n)
-    parts = zip(x.split(batch), c.split(batch))
-    nats = torch.cat([function(model, *part, known).cpu().double() for part in parts])
-    bits = nats / (x[0].numel() * math.log(2))
-    error = bits.std().item() / len(x) ** 0.5
-    return {"bits_per_dim": bits.mean().item(), "standard_error": error, "kind": kind, "n": len(x)}
+    nats = []
+    for part in zip(x.split(batch), c.split(batch)):
+        nats.append(function(model, *part, known).cpu().double())
+    bits = torch.cat(nats) / (x[0].numel() * math.log(2))
+    result = {"bits_per_dim": bits.mean().item(), "kind": kind, "n": len(x)}
+    result["standard_error"] = bits.std().item() / len(x) ** 0.5
+    return result

@@ -54,7 +54,8 @@ def quality_against_speed(path, fd, rate, curve):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = [points[label] for label in curve if label in points]
-    axes.plot(*np.array(steps).reshape(-1, 2).T, "o-", color="silver", markersize=4, zorder=1)
+    rates, distances = np.array(steps).reshape(-1, 2).T
+    axes.plot(rates, distances, "o-", color="silver", markersize=4, zorder=1)
     for label in sorted(points, key=lambda label: -fd[label]):
         if label in MODELS:
             axes.scatter(*points[label], s=40, label=label)

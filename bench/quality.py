@@ -96,9 +96,10 @@ def grid(x, period):
     """The power of images, uint8 (N, C, S, S), at a period along either axis, over that of the
     frequencies beside it: what a decoder's strides leave in an image shows as more than in real
     ones."""
-    x, at = x.double(), x.shape[2] // period
-    powers = [torch.fft.rfft(x, dim=dim).abs().square().mean((0, 1, 5 - dim)) for dim in (2, 3)]
-    power = sum(powers)
+    x, at, power = x.double(), x.shape[2] // period, 0
+    for axis in (2, 3):
+        waves = torch.fft.rfft(x, dim=axis).abs()
+        power = power + waves.square().mean((0, 1, 5 - axis))
     beside = [power[i] for i in (at - 1, at + 1) if i < len(power)]
     return (power[at] / torch.stack(beside).mean()).item()
 
@@ -159,9 +160,10 @@ class Judge:
         ):
             read = self.reader.read(x, features, texts)
             asked = {name: right for name, right in read.items() if not right.isnan().all()}
-            wrong = [right == 0 for right in asked.values()]
-            whole = 1 - torch.stack(wrong).any(0).float().mean().item() if wrong else None
-            result[name] = whole
+            wrong, result[name] = [right == 0 for right in asked.values()], None
+            if wrong:
+                whole = ~torch.stack(wrong).any(0)
+                result[name] = whole.float().mean().item()
             result[part] = {name: right.nanmean().item() for name, right in asked.items()}
         return result
 

@@ -73,7 +73,8 @@ class Matcher(nn.Module):
 
     def match(self, out, ids):
         """How well each picture, by its outputs (B, dim), fits each text, ids (T, L): (B, T)."""
-        pictures, texts = F.normalize(out, dim=1), F.normalize(self.text(ids), dim=1)
+        pictures = F.normalize(out, dim=1)
+        texts = F.normalize(self.text(ids), dim=1)
         return self.log_scale.exp() * pictures @ texts.T
 
 
@@ -199,7 +200,8 @@ class Reader:
             asked = set(caption.split())
             far = {other: len(asked ^ sets[other]) for other in others}
             near = sorted(far, key=far.get)[: n // 2]
-            rivals = [*near, *(other for other in others if other not in near)][: n - 1]
+            rest = [other for other in others if other not in near]
+            rivals = [*near, *rest][: n - 1]
             ids = self.matcher.text.tokenize([caption, *rivals])
             right.append(self.matcher.match(out[None], ids).argmax() == 0)
         return torch.stack(right).float()

@@ -39,7 +39,7 @@ CLAIMS = (  # statement, of which way to sample, against which, in what, and whe
 
 def seeds(quality, label):
     """The rows of a way to sample, one a training seed, of as many updates as the first."""
-    rows = list(quality.get("rows", {}).get(label, {}).values())
+    rows = [*quality.get("rows", {}).get(label, {}).values()]
     return [row for row in rows if row.get("updates") == rows[0].get("updates")]
 
 
@@ -84,7 +84,8 @@ def models_table(folder, columns):
     training images; these replayed have what is least possible, held-out images what a perfect
     model has. Text obeyed: samples for held-out captions. ± is the deviation over training seeds,
     three where it is told; rows without it were trained once."""
-    quality, rate, body = read(folder / "quality.json"), rates(benchmarks(folder)[0]), []
+    notes, _ = benchmarks(folder)
+    quality, rate, body = read(folder / "quality.json"), rates(notes), []
     for name in (*REAL, *MODELS):
         for row in seeds(quality, name)[:1]:
             cells = {"model": name, "evaluations": row.get("evaluations", "-")}
@@ -148,8 +149,10 @@ def others_table(folder):
     body = []
     for name in (REAL[0], *MODELS):
         row = bound.get("rows", {}).get(name, {})
-        cells = [percent([row.get(part, {}).get("all three")]) for part in ("seen", "unseen")]
-        cells += [stacked.get("rows", {}).get(name, {}).get("modes", "-")]
+        parts = [row.get(part, {}) for part in ("seen", "unseen")]
+        cells = [percent([part.get("all three")]) for part in parts]
+        row = stacked.get("rows", {}).get(name, {})
+        cells.append(row.get("modes", "-"))
         for quality in (fashion, emoji):
             cells += figures(quality, name, "fd", "obeyed")
         if set(cells) != {"-"}:
@@ -178,9 +181,9 @@ def claims_table(quality, notes):
         if note["mode"] == "eager" and note["batch"] > 1:
             rounds[note["label"]] = [note["batch"] / seconds for seconds in note.get("rounds", ())]
     for statement, first, second, figure, sign in CLAIMS:
-        a, b = (values(quality, label, figure) or rounds.get(label) for label in (first, second))
-        if figure == "images/s":
-            a, b = rounds.get(first), rounds.get(second)
+        a, b = rounds.get(first), rounds.get(second)
+        if figure != "images/s":
+            a, b = (values(quality, label, figure) for label in (first, second))
         if a and b and None not in a + b:
             told = "one seed"
             if min(len(a), len(b)) >= 3:
@@ -228,8 +231,9 @@ def results(folder):
 def plot(folder):
     """quality_speed.png of a folder of results: a point is the mean over training seeds."""
     quality, rate = read(folder / "quality.json"), rates(benchmarks(folder)[0])
-    fd = {label: values(quality, label, "fd") for label in quality.get("rows", {})}
-    means = {label: statistics.fmean(fd[label]) for label in fd if None not in fd[label]}
+    means = {}
+    for label in quality.get("rows", {}):
+        means[label] = statistics.fmean(values(quality, label, "fd"))
     pictures.quality_against_speed(folder / "quality_speed.png", means, rate, CURVE)
 
 

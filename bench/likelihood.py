@@ -7,11 +7,12 @@ Three statements, all of P(x), the probability of the pixel values, and so compa
       log P(x) >= E log mean_k P(x | z_k) p(z_k) / q(z_k | x)
   bound                       a density p(y) of the image y = x + noise, and any guess P(x | y):
       -log P(x) <= E [-log p(y) - log P(x | y) + log q(y | x)],   q the density of the noise
-      A flow has p(y) exactly; its guess is a discretized logistic about m(y), of a scale that fits
-      some training images. A diffusion model has it from its velocity v (Song et al. 2021):
+      A flow has p(y) exactly; its guess is P(k) N(m(y); x_k, tau^2) over its sum, P(k) being how
+      frequent the value k is in training images, and tau fitted to some of them. A diffusion model
+      has it from its velocity v (Song et al. 2021):
       log p(y) = log N(z_1; 0, I) + the integral of div v over t, with Hutchinson's probes,
       but for errors of the solver. Here y is z_t at t = 1e-3, of pixels spread over their bins, and
-      the guess is P(k) q(y | x_k) over its sum, P(k) being how frequent k is in training images.
+      the guess is P(k) q(y | x_k) over its sum.
 """
 
 import math
@@ -24,7 +25,7 @@ from bench.models import evenly
 from vae import log_logistic
 
 SAMPLES, STEPS, START = 64, 100, 1e-3
-SCALES = torch.linspace(-7, 0, 71)  # log scales that are tried
+SCALES = torch.logspace(-2, 0, 21)  # tau that are tried
 
 
 @torch.no_grad()
@@ -51,15 +52,34 @@ def importance_weighted(model, x, c, known):
 def noisy_density(model, x, c, known):
     """The bound on -log P(x) in nats, (B,), from one draw of the noise."""
     some, texts = known[0][:100], known[1][:100]
-    m, scales = model.clean(model.add_noise(some), texts), SCALES.to(x.device)
-    fits = [log_logistic(some, m, log_scale).mean() for log_scale in scales]
-    log_scale = scales[torch.stack(fits).argmax()]
+    log_share = log_shares(known[0])
+    m = model.clean(model.add_noise(some), texts)
+    fits = [guessed(some, m, tau, log_share).mean() for tau in SCALES]
+    tau = SCALES[torch.stack(fits).argmax().item()]
     y = model.add_noise(x)
-    guess = log_logistic(x, model.clean(y, c), log_scale)
+    guess = guessed(x, model.clean(y, c), tau, log_share)
     log_p = 0
     for z, log_det in model.factors(y, c):
         log_p = log_p + prior.log_prob(z) + log_det
     return -log_p - guess.flatten(1).sum(1) - noise_entropy(model)
+
+
+def values(x):
+    """The pixel values k of images x in [-1, 1]."""
+    return (127.5 * (x + 1)).round().long()
+
+
+def log_shares(x):
+    """log P(k), how frequent each value is in images x in [-1, 1]: (256,)."""
+    count = torch.bincount(values(x).flatten(), minlength=256) + 1e-9
+    return (count / count.sum()).log()
+
+
+def guessed(x, m, tau, log_share):
+    """log P(x | y) of a flow, of the shape of x, for m = m(y)."""
+    k = torch.linspace(-1, 1, 256, device=m.device)
+    logits = log_share - ((m[..., None] - k) / tau) ** 2 / 2
+    return logits.log_softmax(-1).gather(-1, values(x)[..., None]).squeeze(-1)
 
 
 def noise_entropy(model):
@@ -105,11 +125,9 @@ def probability_flow(model, x, c, known):
         v_s, divergence_s = slope(z + (s - t) * v, s)
         z = z + (s - t) / 2 * (v + v_s)
         change = change + (s - t) / 2 * (divergence + divergence_s)
-    k, values = ((127.5 * (images + 1)).round().long() for images in (x, known[0]))
-    count = torch.bincount(values.flatten(), minlength=256) + 1e-9
-    log_share = (count / count.sum()).log()
+    log_share = log_shares(known[0])
     # of log q(y | x) - log P(x | y), q(y | x) cancels
-    of_y = torch.logsumexp(log_share + log_noise(y), -1) - log_share[k]
+    of_y = torch.logsumexp(log_share + log_noise(y), -1) - log_share[values(x)]
     return of_y.flatten(1).sum(1) - prior.log_prob(z) - change
 
 

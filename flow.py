@@ -28,9 +28,9 @@ With another w than 1, r is clamped to [-2, 2] and h_b to [-4, 4], about the ran
 At last a network d takes the noise out. By absolute error it learns the median of what x may be:
   m(y) = y + s d(y, c),   minimizing E |m(y) - x| / s                                          (7)
 
-Measured on digits and 2 cores of an AMD EPYC; FD, a distance to the training images, is 6.8 for
-other real images (bench/RESULTS.md): 10.9 minutes, FD 20.0 ± 0.7, 96 ± 0% of texts obeyed, over
-three training seeds. Numbers without a reason beside them were found by trial.
+Measured on digits and one core of an Intel Xeon; FD, a distance to the training images, is 7.0 for
+other real images (bench/RESULTS.md): 30.4 minutes, FD 13.9, 96% of texts obeyed. Numbers without a
+reason beside them were found by trial.
 
   python flow.py --train             on 4,500 captioned digits; then draws runs/flow/samples.png
   python flow.py --sample --guidance 1 --temperature 1 --caption "bold slanted seven"

@@ -14,6 +14,7 @@ of held-out images, its standard_error, and what kind of statement that is.
 
 import argparse
 import json
+import random
 import sys
 from pathlib import Path
 from unittest import mock
@@ -128,7 +129,7 @@ def main(argv=None):
     c = model.embed(model.tokenize(texts).to(args.device))
     z = prior.sample(len(c), *model.latent_shape, seed=0).to(args.device)
     every = sorted(set(known))
-    eight = [every[i] for i in models.evenly(8, len(every))]
+    eight = random.Random(0).sample(every, min(8, len(every)))
     samples_picture(args.run / "idea.png", *idea(model, eight, args.device))
     picture(args.run / "interpolation.png", interpolation(model, z, c, texts))
     if hasattr(model, "encode"):

@@ -83,7 +83,7 @@ def models_table(folder, columns):
     """As the scripts sample by default. FD, recall: samples for captions of training beside the
     training images; these replayed have what is least possible, held-out images what a perfect
     model has. Text obeyed: samples for held-out captions. ± is the deviation over training seeds,
-    three where it is told; rows without it were trained once."""
+    where there are several. Minutes are of the threads that a training had: here one core."""
     notes, _ = benchmarks(folder)
     quality, rate, body = read(folder / "quality.json"), rates(notes), []
     for name in (*REAL, *MODELS):

@@ -168,7 +168,7 @@ OWN = {  # functions and classes whose lines may differ where they speak of thes
     ),
     "Decoder": (
         *("norm", "skip", "self.twice", "Draws", "doubled", "pattern", "grow", "self.head"),
-        *("is part of v", "F.silu"),
+        *("part noise", "F.silu"),
         *("self.blocks[1:]", "def forward", "Block(", "shape, width"),
     ),
     "Critic": ("norm", "Encoder(", "features", "h, _"),

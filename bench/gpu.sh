@@ -16,17 +16,19 @@ cd "$(dirname "$0")/.."
 mkdir -p "$results"
 
 time_sampling() {  # name of the file, expression that chooses, options
-  [ -s "$results/speed-$1.json" ] && return
+  if [ -s "$results/speed-$1.json" ]; then return; fi
+  rm -f "$results/part.tmp"
   timeout -s INT 180 python3 -m pytest bench/test_speed.py -q -k "$2" ${DATA:+--data "$DATA"} \
     --benchmark-json "$results/part.tmp" "${@:3}" || true
-  [ -s "$results/part.tmp" ] && mv "$results/part.tmp" "$results/speed-$1.json"
+  # without one, as when time was up, the next part is to go on all the same
+  if [ -s "$results/part.tmp" ]; then mv "$results/part.tmp" "$results/speed-$1.json"; fi
 }
 
 models=${MODELS:-"vae gan diffusion flow vae-gan flow-gan diffusion-gan autoregressive one-step"}
 for model in $models; do
   time_sampling "$model" "[$model-eager or [$model-compiled" "$@"
 done
-time_sampling steps "step and not [one-step-eager and not [one-step-compiled" "$@"
+time_sampling steps "(step or guidance) and not [one-step-eager and not [one-step-compiled" "$@"
 for model in $models; do
   timeout 180 python3 -m bench --quick --models "$model" ${DATA:+--data "$DATA"} \
     --runs "$results/quick/runs" --out "$results/quick" || true

@@ -147,9 +147,9 @@ class Decoder(nn.Module):
         h = self.blocks[0](self.first(h, emb), emb)                        # (B, 2 width, S/4, S/4)
         skips = skips or [0] * len(self.grow)
         for grow, block, skip in zip(self.grow, self.blocks[1:], reversed(skips)):
-            h = block(self.twice(grow(h)) + skip, emb)                    # (B, width, S/2, S/2)
+            h = block(self.twice(grow(h)) + skip, emb)                     # (B, width, S/2, S/2)
         h = F.silu(self.norm(h))
-        return self.head(self.twice(h)).float()                           # (B, C, S, S)
+        return self.head(self.twice(h)).float()                            # (B, C, S, S)
 
 
 def words_of(caption):

@@ -127,9 +127,9 @@ class Decoder(nn.Module):
     def forward(self, h, emb):
         h = self.blocks[0](self.first(h, emb), emb)                        # (B, 2 width, S/4, S/4)
         for grow, block in zip(self.grow, self.blocks[1:]):
-            h = block(self.twice(grow(h)), emb)                           # (B, width, S/2, S/2)
+            h = block(self.twice(grow(h)), emb)                            # (B, width, S/2, S/2)
         h = F.silu(self.norm(h))
-        return self.head(self.twice(h)).float()                           # (B, C, S, S)
+        return self.head(self.twice(h)).float()                            # (B, C, S, S)
 
 
 def words_of(caption):

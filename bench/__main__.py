@@ -68,7 +68,6 @@ def main(argv=None):
 
     print("a classifier of real images learns to read")
     judge = Judge(data)
-    held_out = judge.x_test, judge.captions_test
     n = len(judge.x_test)  # as many as there are, if these are enough for a distance
     if not 500 <= n <= 1000:
         n = 1000
@@ -108,12 +107,12 @@ def main(argv=None):
             row = judge.likeness(models.draw(model, known, 0, **options), known)
             row |= judge.obedience(models.draw(model, asked, 1, **options), asked)
             row |= {"width": model.args.get("width"), **models.cost(model, **options)}
-            row |= {"minutes": models.minutes(run)}
-            row |= {"parameters": sum(p.numel() for p in model.parameters())}
+            parameters = sum(p.numel() for p in model.parameters())
+            row |= {"minutes": models.minutes(run), "parameters": parameters}
             if label == name and seed == args.seeds[0]:
-                trained = judge.x, judge.captions
+                given = judge.x_test, judge.captions_test, (judge.x, judge.captions)
                 some = 50 if args.quick else 200
-                row["likelihood"] = likelihood.measure(model, *held_out, trained, some)
+                row["likelihood"] = likelihood.measure(model, *given, some)
             add(label, seed, row, stamp)
 
     seen = set(judge.captions)

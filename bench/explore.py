@@ -44,14 +44,14 @@ def interpolation(model, z, c, texts):
 
 
 def idea(model, texts, device):
-    """Of six z the images for each text, and the texts."""
+    """Rows for samples_picture: of each of six z the images for all texts."""
     c = model.embed(model.tokenize(texts))
     strips = []
     for z in prior.sample(6, *model.latent_shape, seed=0).split(1):
         torch.manual_seed(0)
         z = z.to(device).expand(len(c), *model.latent_shape)
         strips.append(("", model.sample(z, c)))
-    return texts, strips
+    return strips
 
 
 def recorded(model, name, z, c):
@@ -126,28 +126,28 @@ def main(argv=None):
         raise SystemExit(f"{args.run} was trained on other images: give its --data")
     name, known = checkpoint["name"], checkpoint["captions"]
     texts = [known[i] for i in models.evenly(6, len(known))]
-    c = model.embed(model.tokenize(texts).to(args.device))
+    c = model.embed(model.tokenize(texts))
     z = prior.sample(len(c), *model.latent_shape, seed=0).to(args.device)
     every = sorted(set(known))
     eight = random.Random(0).sample(every, min(8, len(every)))
-    samples_picture(args.run / "idea.png", *idea(model, eight, args.device))
+    samples_picture(args.run / "idea.png", eight, idea(model, eight, args.device))
     picture(args.run / "interpolation.png", interpolation(model, z, c, texts))
     if hasattr(model, "encode"):
         chosen = models.evenly(12, len(x))
         some = x[chosen].to(args.device) / 127.5 - 1
-        ids = model.tokenize([captions[i] for i in chosen]).to(args.device)
-        code = model.encode(some, model.embed(ids))
+        c_some = model.embed(model.tokenize([captions[i] for i in chosen]))
         undone = models.plain(name)
         if "sampler" in models.options(name):
             undone["sampler"] = "ddim"  # which adds no noise
-        back = model.sample(code, model.embed(ids), **undone)
+        back = model.sample(model.encode(some, c_some), c_some, **undone)
         rows = [("held out", some), ("encoded and sampled again", back)]
         picture(args.run / "reconstruction.png", rows)
-    for show in [show for member, show in PATHS.items() if hasattr(model, member)][:1]:
+    show = next((PATHS[member] for member in PATHS if hasattr(model, member)), None)
+    if show:
         rows = torch.stack(show(model, z, c), 1)
         picture(args.run / "path.png", [("", row) for row in rows])
-    trained = load_data(args.data)
-    result = likelihood.measure(model, x, captions, trained, args.images) or {}
+    given = x, captions, load_data(args.data), args.images
+    result = likelihood.measure(model, *given) or {}
     print(json.dumps({"model": name, "updates": checkpoint["update"], **result}))
 
 

@@ -25,17 +25,17 @@ from bench.models import evenly
 from vae import log_logistic
 
 SAMPLES, STEPS, START = 64, 100, 1e-3
-SCALES = torch.logspace(-2, 0, 21)  # tau that are tried
+SCALES = torch.logspace(-2, 0, 21).tolist()  # tau that are tried
 
 
 @torch.no_grad()
-def value_by_value(model, x, c, known):
+def value_by_value(model, x, c, guess):
     """-log P(x) in nats, (B,), of a model of each value given those before."""
     return -model.log_prob(x, c)
 
 
 @torch.no_grad()
-def importance_weighted(model, x, c, known):
+def importance_weighted(model, x, c, guess):
     """The bound on -log P(x) in nats, (B,), from SAMPLES draws of q."""
     mu, log_var = model.infer(x, c)
     weights = []
@@ -49,19 +49,14 @@ def importance_weighted(model, x, c, known):
 
 
 @torch.no_grad()
-def noisy_density(model, x, c, known):
+def noisy_density(model, x, c, guess):
     """The bound on -log P(x) in nats, (B,), from one draw of the noise."""
-    some, texts = known[0][:100], known[1][:100]
-    log_share = log_shares(known[0])
-    m = model.clean(model.add_noise(some), texts)
-    fits = [guessed(some, m, tau, log_share).mean() for tau in SCALES]
-    tau = SCALES[torch.stack(fits).argmax().item()]
     y = model.add_noise(x)
-    guess = guessed(x, model.clean(y, c), tau, log_share)
+    log_posterior = guessed(x, model.clean(y, c), *guess)
     log_p = 0
     for z, log_det in model.factors(y, c):
         log_p = log_p + prior.log_prob(z) + log_det
-    return -log_p - guess.flatten(1).sum(1) - noise_entropy(model)
+    return -log_p - log_posterior.flatten(1).sum(1) - noise_entropy(model)
 
 
 def values(x):
@@ -69,13 +64,20 @@ def values(x):
     return (127.5 * (x + 1)).round().long()
 
 
-def log_shares(x):
-    """log P(k), how frequent each value is in images x in [-1, 1]: (256,)."""
+@torch.no_grad()
+def fit_guess(model, x, c):
+    """log P(k), how frequent each value is in images x in [-1, 1], (256,), and for a flow the tau
+    that fits some of them."""
     count = torch.bincount(values(x).flatten(), minlength=256) + 1e-9
-    return (count / count.sum()).log()
+    log_share = (count / count.sum()).log()
+    if not hasattr(model, "stacks"):
+        return log_share, None
+    x, c = x[:100], c[:100]
+    m = model.clean(model.add_noise(x), c)
+    return log_share, max(SCALES, key=lambda tau: guessed(x, m, log_share, tau).mean())
 
 
-def guessed(x, m, tau, log_share):
+def guessed(x, m, log_share, tau):
     """log P(x | y) of a flow, of the shape of x, for m = m(y)."""
     k = torch.linspace(-1, 1, 256, device=m.device)
     logits = log_share - ((m[..., None] - k) / tau) ** 2 / 2
@@ -105,7 +107,7 @@ def log_noise(y):
     return a - math.log(2 * half)
 
 
-def probability_flow(model, x, c, known):
+def probability_flow(model, x, c, guess):
     """The bound on -log P(x) in nats, (B,), from one draw of the noise, by Heun's method on
     log-uniform times from START."""
     u = (torch.rand_like(x) - 0.5) / 127.5
@@ -125,7 +127,7 @@ def probability_flow(model, x, c, known):
         v_s, divergence_s = slope(z + (s - t) * v, s)
         z = z + (s - t) / 2 * (v + v_s)
         change = change + (s - t) / 2 * (divergence + divergence_s)
-    log_share = log_shares(known[0])
+    log_share, _ = guess
     # of log q(y | x) - log P(x | y), q(y | x) cancels
     of_y = torch.logsumexp(log_share + log_noise(y), -1) - log_share[values(x)]
     return of_y.flatten(1).sum(1) - prior.log_prob(z) - change
@@ -151,16 +153,16 @@ def measure(model, x, captions, known, n=500, seed=0, batch=50):
 
     def some(x, captions, n):
         chosen = evenly(min(n, len(x)), len(x))
-        texts = [captions[i] for i in chosen]
-        c = model.embed(model.tokenize(texts).to(device))
+        c = model.embed(model.tokenize([captions[i] for i in chosen]))
         x = x[chosen].to(device)
         return x / 127.5 - 1, c.detach()
 
     torch.manual_seed(seed)
-    known, (x, c) = some(*known, 1000), some(x, captions, n)
+    guess = fit_guess(model, *some(*known, 1000))
+    x, c = some(x, captions, n)
     nats = []
     for part in zip(x.split(batch), c.split(batch)):
-        nats.append(function(model, *part, known).cpu().double())
+        nats.append(function(model, *part, guess).cpu().double())
     bits = torch.cat(nats) / (x[0].numel() * math.log(2))
     result = {"bits_per_dim": bits.mean().item(), "kind": kind, "n": len(x)}
     result["standard_error"] = bits.std().item() / len(x) ** 0.5

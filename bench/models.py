@@ -128,7 +128,7 @@ def draw(model, captions, seed, batch=100, **options):
     """Images for captions, uint8 (N, C, H, W), as --sample --seed draws them."""
     device, images = next(model.parameters()).device, []
     torch.manual_seed(seed)
-    for ids in model.tokenize(captions).to(device).split(batch):
+    for ids in model.tokenize(captions).split(batch):
         z = prior.sample(batch, *model.latent_shape, device=device)[: len(ids)]
         x = model.sample(z, model.embed(ids), **options)
         images.append((127.5 * (x + 1)).round().byte().cpu())

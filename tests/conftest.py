@@ -85,5 +85,4 @@ def same_start():
     torch.manual_seed(0)
     yield
     plt.close("all")
-    torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)

@@ -218,9 +218,8 @@ class Toy(nn.Module):
         return ids.float()
 
 
-class Constant(Toy):
-    """Each pixel is black; the noise of y, or t, is all there is."""
-
+class Mixture(Toy):
+    """Each pixel is black with probability 1/4, else white; y has noise."""
     noise, scales, latent_shape = 0.3, [0.3], (1, 4, 4)
     stacks = [SimpleNamespace(std=torch.ones(()))]
 
@@ -231,14 +230,17 @@ class Constant(Toy):
         return x + self.noise * torch.randn_like(x)
 
     def clean(self, y, c):
-        return torch.full_like(y, -1.2)
+        return y
 
     def factors(self, y, c):
-        return [((y + 1) / self.noise, -16 * math.log(self.noise))]
+        black, white = (torch.distributions.Normal(x, self.noise) for x in (-1, 1))
+        p = 0.25 * black.log_prob(y).exp() + 0.75 * white.log_prob(y).exp()
+        of_zero = 8 * math.log(2 * math.pi)  # of 16 values, which log N(z; 0, I) takes off
+        return [(torch.zeros_like(y), p.log().flatten(1).sum(1) + of_zero)]
 
 
 class Spread(Toy):
-    """The same, spread over the bin of black: the velocity of what it becomes with noise."""
+    """Each pixel is black, spread over its bin: the velocity of what it becomes with noise."""
 
     def velocity(self, z, t, c):
         middles = torch.linspace(-1, 1, 201, dtype=torch.double)[1::2]
@@ -265,10 +267,19 @@ class Normal(Toy):
 
 
 class TestLikelihood:
-    @pytest.mark.parametrize("model", [Constant(), Spread()])
-    def test_black_images_cost_nothing(self, model):
+    def test_a_bound_with_the_true_posterior_is_the_probability(self):
+        torch.manual_seed(0)
+        white = torch.rand(400, 1, 4, 4) < 0.75
+        known = 255 * white.byte(), [""] * 400
+        result = likelihood.measure(Mixture(), *known, known)
+        share = white.float().mean().item()
+        truth = -share * math.log2(0.75) - (1 - share) * math.log2(0.25)
+        assert abs(result["bits_per_dim"] - truth) < 4 * result["standard_error"]
+        assert (result["kind"], result["n"]) == ("bound", 400)
+
+    def test_black_images_cost_nothing(self):
         x = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
-        result = likelihood.measure(model, x, [""] * 100, (x, [""] * 100))
+        result = likelihood.measure(Spread(), x, [""] * 100, (x, [""] * 100))
         assert (result["kind"], result["n"]) == ("bound", 100)
         assert abs(result["bits_per_dim"]) < 4 * result["standard_error"] + 0.01
         assert result["standard_error"] < 0.05

@@ -1,7 +1,5 @@
-"""How long the files are, and how full their lines: a reader's eye should rest.
-
-Lines of code are those without docstrings, comments and blank lines. Nobody raises a number.
-"""
+"""How long the files are, and how full their lines. Lines of code are those without docstrings,
+comments and blank lines. Nobody raises a number."""
 
 import ast
 import io

@@ -168,8 +168,7 @@ OWN = {  # functions and classes whose lines may differ where they speak of thes
     ),
     "Decoder": (
         *("norm", "skip", "self.twice", "Draws", "doubled", "pattern", "grow", "self.head"),
-        *("part noise", "F.silu"),
-        *("self.blocks[1:]", "def forward", "Block(", "shape, width"),
+        *("part noise", "F.silu", "self.blocks[1:]", "def forward", "Block(", "shape, width"),
     ),
     "Critic": ("norm", "Encoder(", "features", "h, _"),
     "duel": (

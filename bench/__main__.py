@@ -1,15 +1,16 @@
 """All models under one measure: trains what is missing, draws, measures, and makes the tables.
 
   python -m bench                    each script's default length, hours on a CPU
-  python -m bench --quick            a twelfth of the updates and fewer samples: minutes
-  python -m bench --data FILE.npz --models vae gan --times 2
-  python -m bench --quick --width 32       other flags go to the training scripts
-  python -m bench --seeds 0 1 2            each model from three training seeds
+  python -m bench --quick            200 updates and 200 samples: minutes
+  python -m bench --seeds 0 1 2      each model from three training seeds
+  python -m bench --data FILE.npz --models vae gan --width 32      other flags go to the scripts
 
-writes quality.json, a row a way to sample and training seed, samples.png and quality_speed.png into
+writes quality.json, a row a way to sample and training seed, samples.png and pictures of FD into
 --out. An interrupted call goes on where it stopped: a run is resumed, and a row is measured again
-if its run has other weights by now. Speed is `pytest bench`, whose JSON belongs into the same
-folder. All seeds of one-step start from the one run of diffusion beside them.
+if its run has other weights by now. With --train-steps 1, runs are measured as they are; where a
+run has copies of itself in folders at-1000, at-2000, ..., these are measured, too. Speed is
+`pytest bench`, whose JSON belongs into the same folder. All seeds of one-step start from the one
+run of diffusion beside them.
 """
 
 import argparse
@@ -22,34 +23,23 @@ from bench import files, likelihood, models, pictures, report
 from bench.quality import Judge
 
 
-def train(name, run, steps, *flags):
-    """Trains the model up to an update, unless its run has come that far."""
-    stands = 0
-    if (run / "checkpoint.pt").exists():
-        stands = models.load(run)[1]["update"]
-    if stands < steps:
-        print(f"training {name} from update {stands} to {steps}", flush=True)
-        models.train(name, run, *flags, "--train-steps", str(steps), "--images", "8")
-
-
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     flag, names = parser.add_argument, list(models.MODELS)
-    flag("--quick", action="store_true", help="200 samples, likelihood of 50 images")
+    flag("--quick", action="store_true", help="200 updates, 200 samples, bits of 50 images")
     flag("--out", type=Path, help="of the results [bench/results, or a folder beside the runs]")
     flag("--runs", type=Path, help="of the runs [runs, runs/DATA, runs/quick]")
     flag("--data", type=Path, help="an .npz of images and captions [built-in digits]")
     flag("--seeds", type=int, nargs="+", default=[0], help="of training [0]")
     flag("--models", nargs="*", choices=names, default=names)
-    flag("--caption", action="append", help="a column of samples.png; may be repeated")
-    flag("--times", type=float, default=1.0, help="updates, as a multiple of the scripts' default")
+    flag("--captions", type=Path, help="a text file with a column of samples.png a line")
     flag("--device", default=models.HERE)
     args, training = parser.parse_known_args(argv)
     data = str(args.data.resolve()) if args.data else None
-    parts = ("runs", args.data.stem if args.data else "", "quick" if args.quick else "")
-    runs = args.runs or models.ROOT.joinpath(*parts)
-    out = args.out or (runs / "results" if args.quick or data else report.RESULTS)
+    place = "quick" if args.quick else args.data.stem if data else ""
+    runs = args.runs or models.ROOT / "runs" / place
+    out = args.out or (runs / "results" if place else report.RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     here = {**files.environment(args.device), "data": args.data.name if data else ""}
     path = out / "quality.json"
@@ -60,19 +50,15 @@ def main(argv=None):
     pairs = list(product(args.seeds, args.models))
     run_of = {pair: runs / (f"{pair[1]}-{pair[0]}" if pair[0] else pair[1]) for pair in pairs}
 
-    flags = [*training, "--device", args.device, *(("--data", data) if data else ())]
+    flags = ["--device", args.device, *(("--data", data) if data else ())]
+    flags += [*(("--train-steps", "200") if args.quick else ()), *training]
     for seed, name in pairs:
-        steps = models.flags(name, *flags).train_steps
-        steps = int(args.times * steps / (12 if args.quick else 1))
-        train(name, run_of[seed, name], steps, *flags, "--seed", str(seed))
+        print(f"training {name}, seed {seed}", flush=True)
+        models.train(name, run_of[seed, name], *flags, "--seed", str(seed), "--images", "8")
 
-    print("a classifier of real images learns to read")
     judge = Judge(data)
     n = len(judge.x_test)  # as many as there are, if these are enough for a distance
-    if not 500 <= n <= 1000:
-        n = 1000
-    if args.quick:
-        n = 200
+    n = 200 if args.quick else n if 500 <= n <= 1000 else 1000
     places = models.evenly(n, len(judge.x))
     known = [judge.captions[i] for i in places]
     places = models.evenly(min(n, 500), len(judge.x_test))
@@ -91,24 +77,30 @@ def main(argv=None):
     for label, images in judge.baselines(n).items():
         if not is_there(label, 0, stamp):
             add(label, 0, judge.measure(*images), stamp)
-    places, strips = models.evenly(10, len(asked)), []
-    texts = args.caption or [asked[i] for i in places]
+    strips = []
+    ten = [asked[i] for i in models.evenly(10, len(asked))]
+    texts = args.captions.read_text().splitlines() if args.captions else ten
     for seed, name in pairs:
         run = run_of[seed, name]
-        model, checkpoint = models.load(run, args.device)
-        weights = float(f"{torch.nn.utils.get_total_norm(model.parameters()):.6g}")
-        stamp = {"updates": checkpoint["update"], "asked": n, "weights": weights}
         if seed == args.seeds[0]:
-            strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
-        for label, options in models.settings(name).items():
+            drawn = models.draw(models.load(run, args.device)[0], texts, 0)
+            strips.append((name, drawn / 127.5 - 1))
+        ways = [(label, run, options) for label, options in models.settings(name).items()]
+        for stage in run.glob("at-*"):
+            ways.append((f"{name}, update {stage.name[3:]}", stage, {}))
+        for label, stage, options in ways:
+            model, checkpoint = models.load(stage, args.device)
+            weights = float(f"{torch.nn.utils.get_total_norm(model.parameters()):.6g}")
+            stamp = {"updates": checkpoint["update"], "asked": n, "weights": weights}
             if is_there(label, seed, stamp):
                 continue
             print(f"measuring {label}, training seed {seed}", flush=True)
-            row = judge.likeness(models.draw(model, known, 0, **options), known)
+            x = models.draw(model, known, 0, **options)
+            row = judge.likeness(x) | {"obeyed_seen": judge.obedience(x, known)["obeyed"]}
             row |= judge.obedience(models.draw(model, asked, 1, **options), asked)
             row |= {"width": model.args.get("width"), **models.cost(model, **options)}
             parameters = sum(p.numel() for p in model.parameters())
-            row |= {"minutes": models.minutes(run), "parameters": parameters}
+            row |= {"minutes": models.minutes(stage), "parameters": parameters}
             if label == name and seed == args.seeds[0]:
                 given = judge.x_test, judge.captions_test, (judge.x, judge.captions)
                 some = 50 if args.quick else 200
@@ -117,7 +109,7 @@ def main(argv=None):
 
     seen = set(judge.captions)
     titles = [text if text in seen else f"{text} (not seen)" for text in texts]
-    pictures.samples_picture(out / "samples.png", titles, strips)
+    pictures.picture(out / "samples.png", strips, titles)
     report.plot(out)
     print(report.models_table(out, report.LONG))
     if out == report.RESULTS:

@@ -8,7 +8,6 @@ import statistics
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bench.models import ROOT
@@ -34,9 +33,7 @@ def environment(device="cpu"):
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cores,
         "commit": commit,
-        "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": np.__version__,
     }
 
 
@@ -67,9 +64,8 @@ def percent(values):
 
 def significant(value):
     """A figure of three digits, or a dash."""
-    if not value:
-        return "-"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    digits = ",.0f" if value and value >= 100 else ".3g"
+    return f"{value:{digits}}" if value else "-"
 
 
 def table(head, rows):

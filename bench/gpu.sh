@@ -18,7 +18,7 @@ mkdir -p "$results"
 time_sampling() {  # name of the file, expression that chooses, options
   if [ -s "$results/speed-$1.json" ]; then return; fi
   rm -f "$results/part.tmp"
-  timeout -s INT 180 python3 -m pytest bench/test_speed.py -q -k "$2" ${DATA:+--data "$DATA"} \
+  timeout -s INT 180 python3 -m pytest bench/test_speed.py -q -k "$2" \
     --benchmark-json "$results/part.tmp" "${@:3}" || true
   # without one, as when time was up, the next part is to go on all the same
   if [ -s "$results/part.tmp" ]; then mv "$results/part.tmp" "$results/speed-$1.json"; fi

@@ -1,6 +1,6 @@
 """Bits per value of held-out images: what they would cost to send, if the model were the code.
 
-Three statements, all of P(x), the probability of the pixel values, and so comparable:
+Three statements, all of P(x), the probability of the pixel values:
 
   exact                       value by value: -log P(x) is a sum of cross entropies
   importance-weighted bound   a decoder's likelihood and a posterior q (Burda et al. 2016):
@@ -9,10 +9,9 @@ Three statements, all of P(x), the probability of the pixel values, and so compa
       -log P(x) <= E [-log p(y) - log P(x | y) + log q(y | x)],   q the density of the noise
       A flow has p(y) exactly; its guess is P(k) N(m(y); x_k, tau^2) over its sum, P(k) being how
       frequent the value k is in training images, and tau fitted to some of them. A diffusion model
-      has it from its velocity v (Song et al. 2021):
-      log p(y) = log N(z_1; 0, I) + the integral of div v over t, with Hutchinson's probes,
-      but for errors of the solver. Here y is z_t at t = 1e-3, of pixels spread over their bins, and
-      the guess is P(k) q(y | x_k) over its sum.
+      has log p(y) = log N(z_1; 0, I) + the integral of div v over t (Song et al. 2021), with
+      Hutchinson's probes, but for errors of the solver; y is z_t at t = 1e-3, of pixels spread over
+      their bins, and the guess is P(k) q(y | x_k) over its sum.
 """
 
 import math
@@ -87,11 +86,8 @@ def guessed(x, m, log_share, tau):
 def noise_entropy(model):
     """The entropy of the noise of a flow, that is of y given x, in nats."""
     y = torch.zeros(1, *model.latent_shape, device=model.stacks[0].std.device)
-    nats = 0
-    for part, s in zip(model.analyze(y), model.scales):
-        of_value = 0.5 * math.log(2 * math.pi * math.e) + math.log(s)
-        nats = nats + part.numel() * of_value
-    return nats
+    of_value, parts = 0.5 * math.log(2 * math.pi * math.e), model.analyze(y)
+    return sum(part.numel() * (of_value + math.log(s)) for part, s in zip(parts, model.scales))
 
 
 def log_noise(y):
@@ -135,7 +131,7 @@ def probability_flow(model, x, c, guess):
 
 # the member that a model must have, the kind of statement, and the function
 WAYS = (
-    ("window", "exact", value_by_value),
+    ("gru", "exact", value_by_value),
     ("log_scale", "importance-weighted bound", importance_weighted),
     ("stacks", "bound", noisy_density),
     ("velocity", "bound", probability_flow),

@@ -1,7 +1,4 @@
-"""The models by name: how they are built, trained, loaded and sampled; and the images left out.
-
-No function here asks which model it has: a model says by its members what it can do.
-"""
+"""The models by name: how they are built, trained, loaded and sampled; and the images left out."""
 
 import importlib
 import inspect
@@ -11,7 +8,6 @@ import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -57,14 +53,6 @@ def fresh(name, shape, vocabulary, device="cpu", **args):
 def choice(name):
     """The flag that chooses the model, where its script has several."""
     return ["--model", name] if script(name).__name__ == "hybrids" else []
-
-
-def flags(name, *argv):
-    """What the flags argv, and the script's defaults, come to: the args that it hands to train."""
-    module, nowhere = script(name), str(ROOT / "runs/nowhere")
-    with mock.patch.multiple(module, train=mock.DEFAULT, sample=mock.DEFAULT) as verbs:
-        module.main(["--train", "--out", nowhere, *choice(name), *argv])
-    return verbs["train"].call_args.args[0]
 
 
 def train(name, run, *argv):
@@ -177,5 +165,5 @@ def held_out(path=None):
 
 
 def evenly(n, length):
-    """n of the places 0 to length - 1, evenly spread; some come again where n is larger."""
+    """n of the places 0 to length - 1, evenly spread."""
     return [i * length // n for i in range(n)]

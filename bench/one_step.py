@@ -8,17 +8,13 @@
 
 (1), (2): MeanFlow (Geng et al. 2025, equation 3). (3) to (5): alpha-Flow (Zhang et al. 2025), whose
 loss needs no derivative of the network; sg stops the gradient. v is what diffusion.py has learned,
-with guidance, so that a jump obeys its text without a second evaluation. a falls from 1, where u is
-v, to 0.05. The network reads h beside the text, as c + h f(h), where f starts at zero.
+guided. a falls from 1, where u is v, to 0.05. The network reads c + h f(h), where f starts at 0.
 
-  python diffusion.py --train
-  python -m bench.one_step --train
+  python diffusion.py --train && python -m bench.one_step --train
 """
 
 import math
-from argparse import SUPPRESS
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -36,7 +32,8 @@ class OneStep(nn.Module):
         self.args, self.latent_shape = self.net.args, shape
         self.embed, self.tokenize = self.net.embed, self.net.tokenize
         dim = 4 * width
-        self.length = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))
+        layers = nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim)
+        self.length = nn.Sequential(*layers)
         nn.init.zeros_(self.length[-1].weight)
         nn.init.zeros_(self.length[-1].bias)
 
@@ -49,7 +46,8 @@ class OneStep(nn.Module):
     def target(self, z, t, h, c, v, a):
         """The right side of (3) for t and h (B, 1), with (4)."""
         z = z - (a * h)[..., None, None] * v
-        return a * v + (1 - a) * self.mean_velocity(z, t - a * h, (1 - a) * h, c)
+        u = self.mean_velocity(z, t - a * h, (1 - a) * h, c)
+        return a * v + (1 - a) * u
 
     def loss(self, x, c, teacher=None, a=1.0, guidance=1.4):
         """(5) for x (B, C, H, W) in [-1, 1], c (B, E), and what is logged. teacher(z, t, c,
@@ -78,17 +76,10 @@ def load(run, device="cpu"):
     return runs.load(OneStep, run, device)
 
 
-def train(args):
-    """Trains up to update args.train_steps, from a run of diffusion.py or the last checkpoint."""
-    x, captions = diffusion.load_data(args.data)
-    run = args.run or args.out.parent / "diffusion"
-    teacher, start = diffusion.load(run, args.device)
+def prepare(model, args):
+    """The loss of images and their word ids; the teacher is the run diffusion beside --out."""
+    teacher, _ = diffusion.load(args.out.parent / "diffusion", args.device)
     teacher.requires_grad_(False)
-    torch.manual_seed(args.seed)
-    new = {"script": "one_step", "name": "one-step", "args": start["args"]}
-    new |= {"captions": captions, "update": 0}
-    checkpoint = load(args.out)[1] if args.resume else new
-    model = OneStep(**checkpoint["args"])
     model.net.load_state_dict(teacher.state_dict())
     model.embed.requires_grad_(False)  # so that the teacher understands c
 
@@ -96,20 +87,12 @@ def train(args):
         a = max(0.05, 1 / (1 + math.exp(20 * progress - 6)))  # of (3)
         return model.loss(images, model.embed(ids), teacher.velocity, a)
 
-    runs.train(args, model, checkpoint, x, captions, loss_of)
-
-
-def sample(args):
-    runs.draw(args, *load(args.out, args.device), steps=args.steps)
+    return loss_of
 
 
 def main(argv=None):
-    parser = runs.parser(out=Path("runs/one-step"), train_steps=2500, batch_size=16, lr=1e-3)
-    flag = parser.add_argument
-    flag("--run", type=Path, help="of diffusion.py [the folder diffusion beside --out]")
-    flag("--width", type=int, help=SUPPRESS)  # is the run's; bench tells it to all models
-    flag("--steps", type=int, default=1, help="jumps")
-    runs.start(parser, argv, train, sample)
+    sizes = {"train_steps": 2500, "batch_size": 16, "lr": 1e-3, "width": 64}
+    runs.main(argv, "one-step", OneStep, prepare, **sizes)
 
 
 if __name__ == "__main__":

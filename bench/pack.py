@@ -1,9 +1,8 @@
-"""Makes a data file for --data from a folder of images or of MNIST-format files.
+"""Makes a data file for --data from a folder of images.
 
   python -m bench.pack photos photos.npz --size 64
-  python -m bench.pack /usr/share/datasets/fashion-mnist fashion.npz --names "t-shirt,trouser,..."
 
-From images, at any depth: each is centre-cropped to a square and resized to --size; what is
+Of images at any depth, each is centre-cropped to a square and resized to --size; what is
 transparent is laid on white. Every file that the installed Pillow opens counts. Names that begin
 with a dot and __MACOSX are passed over, and what cannot be read is left out: a line says how many
 files, which and why. The captions are, in this order: the text of file_name in a metadata.jsonl of
@@ -11,13 +10,9 @@ the same folder; a line of the .txt file of the same name (of several lines one 
 same); the name of the sub-folder, _ read as a space. Texts are UTF-8, and of each the first 500
 characters count. A folder train is x and y; test, or else val, beside it becomes x_test and y_test.
 Grey if all images are, else RGB.
-
-From MNIST-format files (train-images-idx3-ubyte, ..., plain or .gz): as they are; captions are the
-labels or their --names; t10k becomes x_test, y_test.
 """
 
 import argparse
-import gzip
 import json
 import os
 from pathlib import Path
@@ -26,45 +21,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-LONGEST = 500  # characters of a caption: some 64 words, which is what the models read
 
 
 def fail(message):
     """Ends the program with one line."""
     raise SystemExit("bench.pack: " + " ".join(message.split())) from None
-
-
-def read_idx(folder, name):
-    """The array in an IDX file of bytes, plain or .gz: big-endian sizes, then data."""
-    choices = folder / name, folder / f"{name}.gz"
-    path = next((path for path in choices if path.exists()), None)
-    if path is None:
-        fail(f"{folder} has no {name} or {name}.gz")
-    try:
-        raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
-        shape = np.frombuffer(raw, ">u4", raw[3], 4)
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError("its header is not that of bytes in IDX format")
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
-        fail(f"{path} cannot be read: {error}")
-
-
-def pack_idx(folder, names):
-    """The arrays of a folder in MNIST's format; its test files are optional."""
-    arrays = {}
-    for part, prefix in (("", "train"), ("_test", "t10k")):
-        if part and not any(folder.glob(f"{prefix}-images-idx3-ubyte*")):
-            continue
-        x = read_idx(folder, f"{prefix}-images-idx3-ubyte")
-        labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte")
-        if len(x) != len(labels):
-            fail(f"{folder}: {len(x)} {prefix} images, but {len(labels)} labels")
-        if names and labels.max() >= len(names):
-            fail(f"--names has {len(names)} names, but there is a label {labels.max()}")
-        arrays["x" + part] = x
-        arrays["y" + part] = np.array(names)[labels] if names else labels
-    return arrays
 
 
 def visible_files(folder):
@@ -94,20 +55,13 @@ def read_image(path, size):
         return ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
 
 
-def decoded(path):
-    """The text of a file, which is UTF-8 with or without a byte order mark."""
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path.name} is not UTF-8 text") from None
-
-
 def described(files):
     """Captions from metadata.jsonl files: path of the image -> text."""
     captions = {}
     for path in files:
         try:
-            rows = [json.loads(line) for line in decoded(path).splitlines() if line.strip()]
+            lines = path.read_text("utf-8-sig").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
             captions |= {path.parent / row["file_name"]: str(row["text"]) for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             fail(f"{path}: each line is to be a JSON object with file_name and text: {error!r}")
@@ -130,14 +84,14 @@ def pack_images(folder, size):
                 raise ValueError("no image by its suffix")
             image = read_image(path, size)
             text = texts.get(path.with_suffix(""))
-            lines = decoded(text).splitlines() if text else []
+            lines = text.read_text("utf-8-sig").splitlines() if text else []
             lines = [line.strip() for line in lines if line.strip()] or [folder_name]
             caption = captions.get(path, lines[draw.integers(len(lines))])
         except Exception as error:  # of a decoder, whatever its kind
             left_out[path] = str(error) or type(error).__name__
             continue
         images.append(image)
-        chosen.append(caption[:LONGEST])
+        chosen.append(caption[:500])  # some 64 words, which is what the models read
     return images, chosen, left_out
 
 
@@ -158,7 +112,7 @@ def pack_folder(folder, size):
     names = [f"{path.relative_to(folder)} ({why})" for path, why in left_out.items()]
     report = f"packed {n}, left out {len(names)}" + ": " * bool(names) + "; ".join(names[:20])
     if not all(images for images, _, _ in packed.values()):
-        fail(f"{folder} holds neither images nor MNIST-format files: {report}")
+        fail(f"{folder} holds no images: {report}")
     print(report + ", ..." * (len(names) > 20))
     grey = all(image.mode == "L" for images, _, _ in packed.values() for image in images)
     arrays = {}
@@ -169,10 +123,6 @@ def pack_folder(folder, size):
     without = sum((arrays["y" + part] == "").sum() for part in packed)
     if without:
         print(f"{without} of {n} images have no caption")
-    flat = [arrays["x" + part].reshape(len(arrays["y" + part]), -1) for part in packed]
-    faint = sum((x.max(1) - x.min(1) < 8).sum() for x in flat)
-    if faint:
-        print(f"warning: {faint} images are of nearly one value throughout: are they masks?")
     return arrays
 
 
@@ -187,25 +137,19 @@ def save(path, arrays):
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("source", type=Path, help="a folder of images or of MNIST-format files")
+    parser.add_argument("source", type=Path, help="a folder of images")
     parser.add_argument("file", type=Path, help="the .npz to write")
     parser.add_argument("--size", type=int, default=32, help="side of packed images [32]")
-    parser.add_argument("--names", default="", help="what MNIST-format labels 0, 1, ... are called")
     args = parser.parse_args(argv)
     if not args.source.is_dir():
         fail(f"{args.source} is no folder; unpack it first if it is an archive")
     if args.size < 4 or args.size % 4:
-        parser.error(f"--size {args.size}: take a multiple of 4, as the models need")
+        fail(f"--size {args.size}: take a multiple of 4, as the models need")
     if args.file.exists() or args.file.suffix != ".npz" or not args.file.parent.is_dir():
         fail(f"{args.file} exists already, does not end in .npz, or its folder does not exist")
-    names = [name.strip() for name in args.names.split(",")] if args.names else []
-    if any(args.source.glob("train-images-idx3-ubyte*")):
-        arrays = pack_idx(args.source, names)
-    else:
-        arrays = pack_folder(args.source, args.size)
+    arrays = pack_folder(args.source, args.size)
     save(args.file, arrays)
-    shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-    print(f"{args.file}: {shapes}")
+    print(args.file, {name: array.shape for name, array in arrays.items()})
 
 
 if __name__ == "__main__":

@@ -28,38 +28,16 @@ class Classifier(nn.Module):
         super().__init__()
         layers, channels = [], (shape[0], 32, 32, 64, 64)
         for i in range(4):
-            conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride=1 + i % 2, padding=1)
-            layers += [conv, nn.BatchNorm2d(channels[i + 1]), nn.ReLU()]
+            c_in, c_out = channels[i : i + 2]
+            conv = nn.Conv2d(c_in, c_out, 3, stride=1 + i % 2, padding=1)
+            layers += [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
         size = 64 * (shape[1] // 4) * (shape[2] // 4)
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, 128), nn.ReLU())
+        layers += [nn.Flatten(), nn.Linear(size, 128), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
         self.out = nn.Linear(128, n)
 
     def forward(self, x):
         return self.out(self.features(x))
-
-
-def train_classifier(x, labels, sizes, steps, batch_size):
-    """A classifier of images x, uint8 (N, C, H, W), into attributes of so many values each, with
-    their labels, (N,) for each; trained on images moved by up to two pixels."""
-    torch.manual_seed(0)
-    classifier = Classifier(x.shape[1:], sum(sizes))
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    generator = torch.Generator().manual_seed(0)
-    padded = F.pad(x, (2, 2, 2, 2))
-    size = x.shape[2]
-    for _ in range(steps):
-        i = torch.randint(len(x), (batch_size,), generator=generator)
-        down, right = torch.randint(5, (2,), generator=generator).tolist()
-        moved = padded[i, :, down : down + size, right : right + size] / 255
-        losses = []
-        for part, column in zip(classifier(moved).split(sizes, 1), labels):
-            losses.append(F.cross_entropy(part, column[i], label_smoothing=0.1))
-        optimizer.zero_grad()
-        torch.stack(losses).mean().backward()
-        optimizer.step()
-        schedule.step()
-    return classifier.eval().requires_grad_(False)
 
 
 class Matcher(nn.Module):
@@ -78,29 +56,54 @@ class Matcher(nn.Module):
         return self.log_scale.exp() * pictures @ texts.T
 
 
-def train_matcher(x, captions, steps, batch_size):
-    """A Matcher of images x, uint8 (N, C, H, W), and their captions, by InfoNCE both ways; images
-    are moved by up to two pixels, and a tenth of the words is hidden."""
-    torch.manual_seed(0)
-    vocabulary = sorted(set().union(*map(words_of, captions)))
-    matcher = Matcher(x.shape[1:], vocabulary)
-    ids = matcher.text.tokenize(captions)
-    optimizer = torch.optim.AdamW(matcher.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    padded = F.pad(x, (2, 2, 2, 2), value=255)
-    size, own = x.shape[2], torch.arange(batch_size)
+def fit(network, x, loss_of, steps, batch_size, lr, ground=0):
+    """Trains with loss_of(images in [0, 1], places i) of images x, uint8 (N, C, H, W), which are
+    moved by up to two pixels over a ground."""
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    padded = F.pad(x, (2, 2, 2, 2), value=ground)
+    size, generator = x.shape[2], torch.Generator().manual_seed(0)
     for _ in range(steps):
-        i = torch.randint(len(x), (batch_size,))
-        down, right = torch.randint(5, (2,)).tolist()
-        moved = padded[i, :, down : down + size, right : right + size] / 255
-        words = ids[i] * (torch.rand(ids[i].shape) > 0.1)
-        logits = matcher.match(matcher.picture(moved), words)
-        loss = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+        i = torch.randint(len(x), (batch_size,), generator=generator)
+        down, right = torch.randint(5, (2,), generator=generator).tolist()
+        moved = padded[i, :, down : down + size, right : right + size]
+        loss = loss_of(moved / 255, i)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return matcher.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
+
+
+def train_classifier(x, labels, sizes, steps, batch_size):
+    """A classifier of images x, uint8 (N, C, H, W), into attributes of so many values each, with
+    their labels, (N,) for each."""
+    torch.manual_seed(0)
+    classifier = Classifier(x.shape[1:], sum(sizes))
+
+    def loss_of(images, i):
+        losses = []
+        for part, column in zip(classifier(images).split(sizes, 1), labels):
+            losses.append(F.cross_entropy(part, column[i], label_smoothing=0.1))
+        return torch.stack(losses).mean()
+
+    return fit(classifier, x, loss_of, steps, batch_size, 4e-3)
+
+
+def train_matcher(x, captions, steps, batch_size):
+    """A Matcher of images x, uint8 (N, C, H, W), and their captions, by InfoNCE both ways; a tenth
+    of the words is hidden."""
+    torch.manual_seed(0)
+    vocabulary = sorted(set().union(*map(words_of, captions)))
+    matcher = Matcher(x.shape[1:], vocabulary)
+    ids, own = matcher.text.tokenize(captions), torch.arange(batch_size)
+
+    def loss_of(images, i):
+        words = ids[i] * (torch.rand(ids[i].shape) > 0.1)
+        logits = matcher.match(matcher.picture(images), words)
+        return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+
+    return fit(matcher, x, loss_of, steps, batch_size, 2e-3, ground=255)
 
 
 def attributes(captions, n=None):
@@ -168,7 +171,8 @@ class Reader:
 
     def features(self, x):
         """What the classifier sees last in uint8 images: (N, 128)."""
-        return torch.cat([self.classifier.features(part / 255) for part in x.split(500)])
+        parts = [self.classifier.features(part / 255) for part in x.split(500)]
+        return torch.cat(parts)
 
     def classify(self, features):
         """The likeliest value of each attribute: (N,) each."""
@@ -185,26 +189,33 @@ class Reader:
             return self.read_digits(x, read[2], captions)
         right = []
         for seen, asked in zip(read, self.labels(captions)):
-            right.append(torch.where(asked < 0, torch.nan, (seen == asked).float()))
+            same = (seen == asked).float()
+            right.append(same.where(asked >= 0, torch.nan))
         if len(right) == 1:
             return {"text": right[0]}
         return {f"word {i + 1}": column for i, column in enumerate(right)}
 
     def match(self, features, captions, n=100):
         """Whether of n captions each image's own fits it best, 1 or 0, (N,)."""
-        generator, right = torch.Generator().manual_seed(0), []
-        sets = {caption: set(caption.split()) for caption in self.candidates}
-        for out, caption in zip(self.classifier.out(features), captions):
-            order = torch.randperm(len(sets), generator=generator).tolist()
-            others = [self.candidates[i] for i in order if self.candidates[i] != caption]
-            asked = set(caption.split())
-            far = {other: len(asked ^ sets[other]) for other in others}
-            near = sorted(far, key=far.get)[: n // 2]
-            rest = [other for other in others if other not in near]
-            rivals = [*near, *rest][: n - 1]
-            ids = self.matcher.text.tokenize([caption, *rivals])
-            right.append(self.matcher.match(out[None], ids).argmax() == 0)
-        return torch.stack(right).float()
+        generator = torch.Generator().manual_seed(0)
+        out, text = self.classifier.out(features), self.matcher.text
+        ids, own = text.tokenize(self.candidates), text.tokenize(captions)
+        fit = self.matcher.match(out, ids)
+        own_fit = self.matcher.match(out, own).diagonal()
+        zero = torch.zeros(1, text.word.num_embeddings)
+        has = zero.repeat(len(ids), 1).scatter(1, ids, 1)[:, 1:]
+        asked = zero.repeat(len(own), 1).scatter(1, own, 1)[:, 1:]
+        both = asked @ has.T
+        far = asked.sum(1, keepdim=True) + has.sum(1) - 2 * both               # words that differ
+        far = far + torch.rand(far.shape, generator=generator) / 2
+        for row, caption in zip(far, captions):
+            row[[caption == other for other in self.candidates]] = torch.inf
+        order = far.argsort(1)[:, :-1]
+        near, rest = order[:, : n // 2], order[:, n // 2 :]
+        some = torch.rand(rest.shape, generator=generator).argsort(1)
+        some = some[:, : n - 1 - n // 2]
+        rivals = torch.cat([near, rest.gather(1, some)], 1)
+        return (fit.gather(1, rivals) < own_fit[:, None]).all(1).float()
 
     def read_digits(self, x, digits, captions):
         """The same for the built-in digits, whatever the order of the words."""

@@ -1,8 +1,7 @@
-"""Tables and pictures from the JSON files of the benchmarks.
+"""Tables and pictures from the JSON files of the benchmarks: `python -m bench.report`.
 
-`python -m bench.report` writes the table in README.md and docs/README.zh.md, six tables into
-bench/RESULTS.md, and bench/results/quality_speed.png. In a folder of results, quality.json is of
-`python -m bench`, every speed*.json of `pytest bench`; a folder gpu beside them has those of a GPU.
+In a folder of results, quality.json is of `python -m bench`, every speed*.json of `pytest bench`; a
+folder gpu beside them has those of a GPU.
 """
 
 import re
@@ -19,8 +18,8 @@ PAGES = "README.md", "docs/README.zh.md"
 REAL = "real, held out", "training images replayed"
 CURVE = [f"diffusion{way}" for way in (", 1 step", ", 2 steps", ", 4 steps", "", ", 20 steps")]
 CURVE += ["diffusion, 50 steps"]
-STEPS = *CURVE, "diffusion, ddpm, 20 steps", "diffusion, guidance 1"
-STEPS = *STEPS, "one-step", "one-step, 2 steps", "one-step, 4 steps"
+STEPS = [*CURVE, "diffusion, ddpm, 20 steps", "diffusion, guidance 1"]
+STEPS += ["one-step", "one-step, 2 steps", "one-step, 4 steps"]
 SHORT = "model", "evaluations", "images/s", "FD", "text obeyed", "bits/dim", "minutes"
 LONG = "model", "evaluations", "FD", "recall", "text obeyed", "bits/dim", "minutes", "weights (M)"
 CLAIMS = (  # statement, of which way to sample, against which, in what, and whether more is better
@@ -47,12 +46,6 @@ def values(quality, label, figure):
     return [row.get(figure) for row in seeds(quality, label)]
 
 
-def bits(quality, label):
-    """Bits per dimension and what kind of statement that is."""
-    found = [row["likelihood"] for row in seeds(quality, label) if row.get("likelihood")]
-    return f"{found[0]['bits_per_dim']:.2f} ({found[0]['kind']})" if found else "-"
-
-
 def benchmarks(folder):
     """What was recorded beside each benchmark of a folder, and of the machine."""
     notes, machine = [], {}
@@ -65,11 +58,9 @@ def benchmarks(folder):
 
 def rates(notes):
     """Images per second of each way to sample, eager, at its best batch, by its label."""
-    best = {}
-    for note in notes:
-        if note["mode"] == "eager":
-            best[note["label"]] = max(note["images_per_s"], best.get(note["label"], 0))
-    return best
+    eager = [note for note in notes if note["mode"] == "eager"]
+    eager.sort(key=lambda note: note["images_per_s"])
+    return {note["label"]: note["images_per_s"] for note in eager}
 
 
 def figures(quality, label, *names):
@@ -80,9 +71,9 @@ def figures(quality, label, *names):
 
 def models_table(folder, columns):
     """As the scripts sample by default. FD, recall: samples for captions of training beside the
-    training images; these replayed have what is least possible, held-out images what a perfect
-    model has. Text obeyed: samples for held-out captions. ± is the deviation over training seeds,
-    where there are several. Minutes are of the threads that a training had: here one core."""
+    training images; held-out images have what a perfect model has. Text obeyed: samples for
+    held-out captions. ± is the deviation over training seeds, where there are several. Minutes are
+    of the threads that a training had: here one core."""
     notes, _ = benchmarks(folder)
     quality, rate, body = read(folder / "quality.json"), rates(notes), []
     for name in (*REAL, *MODELS):
@@ -94,7 +85,8 @@ def models_table(folder, columns):
             cells["images/s"] = significant(rate.get(name))
             found = figures(quality, name, "fd", "recall", "obeyed")
             cells |= dict(zip(("FD", "recall", "text obeyed"), found))
-            cells["bits/dim"] = bits(quality, name)
+            bits = row.get("likelihood")
+            cells["bits/dim"] = f"{bits['bits_per_dim']:.2f} ({bits['kind']})" if bits else "-"
             cells["minutes"] = significant(row.get("minutes"))
             cells["weights (M)"] = significant(row.get("parameters", 0) / 1e6)
             body.append([cells[column] for column in columns])
@@ -142,7 +134,8 @@ def speed_table(notes):
 
 def others_table(folder):
     """Bound: three digits in colours, with captions seen and unseen, all three as asked.
-    StackedMNIST: how many of 1,000 modes 26,000 samples have. By the networks of 14612b3."""
+    StackedMNIST: how many of 1,000 modes 26,000 samples have. These and Fashion-MNIST are of the
+    code and networks of 14612b3."""
     names = "bound", "stacked", "fashion-mnist/quality", "emoji/quality"
     bound, stacked, fashion, emoji = (read(folder / f"{name}.json") for name in names)
     body = []
@@ -190,8 +183,8 @@ def claims_table(quality, notes):
                 better = sign * (statistics.fmean(a) - statistics.fmean(b)) > 0
                 told = f"{p:.2g}" + "; does not hold" * bool(not better or p >= 0.05)
             cells = [significant(statistics.fmean(each)) for each in (a, b)]
-            cells = [f"{label}: {cell}" for label, cell in zip((first, second), cells)]
-            body.append([statement, figure, *cells, told])
+            named = f"{first}: {cells[0]}", f"{second}: {cells[1]}"
+            body.append([statement, figure, *named, told])
     return table(["claim", "figure", "first", "second", "p"], body)
 
 
@@ -222,18 +215,28 @@ def results(folder):
         if made:
             text = function.__doc__.replace("\n    ", " ")
             parts += [f"## {title}", text, made, where(source)]
-    for path in sorted(folder.glob("**/samples.png")):
-        parts.append(f"![samples]({path.relative_to(folder.parent)})")
+    for path in sorted(folder.glob("**/*.png")):
+        parts.append(f"![{path.stem}]({path.relative_to(folder.parent)})")
     return "\n\n".join(parts) + "\n"
 
 
 def plot(folder):
-    """quality_speed.png of a folder of results: a point is the mean over training seeds."""
+    """FD against speed, a mean over training seeds each, and against minutes of training."""
     quality, rate = read(folder / "quality.json"), rates(benchmarks(folder)[0])
-    means = {}
-    for label in quality.get("rows", {}):
-        means[label] = statistics.fmean(values(quality, label, "fd"))
-    pictures.quality_against_speed(folder / "quality_speed.png", means, rate, CURVE)
+    ways = quality.get("rows", {})
+    mean = {label: statistics.fmean(values(quality, label, "fd")) for label in ways}
+    floors = {label: mean[label] for label in REAL if label in ways}
+    speed, time = {}, {}
+    for name in MODELS:
+        curve = [label for label in (CURVE if name == "diffusion" else [name]) if label in ways]
+        speed[name] = [(rate[label], mean[label]) for label in curve if label in rate]
+        stages = [label for label in ways if label == name or label.startswith(f"{name}, update")]
+        rows = [seeds(quality, label)[0] for label in stages]
+        time[name] = sorted((row["minutes"], row["fd"]) for row in rows)
+    for file, what, lines in ("speed", "images / s", speed), ("minutes", "minutes", time):
+        lines = {name: points for name, points in lines.items() if points}
+        if lines:
+            pictures.quality_picture(folder / f"quality_{file}.png", lines, floors, what)
 
 
 def main():

@@ -14,49 +14,49 @@ from torch import nn
 from tqdm import tqdm
 
 from bench import models, pictures
+from vae import load_data, words_of
 
 
-def parser(**defaults):
-    """The flags that both have, and their defaults."""
-    result = argparse.ArgumentParser(usage="see the top of the file, and --help")
-    flag = result.add_argument
-    flag("--train", action="store_true", help="train a model, then draw with it")
-    flag("--sample", action="store_true", help="draw with the model in --out")
-    flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
-    flag("--out", type=Path, help="the folder of the run")
-    flag("--data", help="an .npz of images x and texts y; without it, captioned digits")
-    flag("--seed", type=int, default=0)
-    flag("--device", default=models.HERE, choices=sorted({models.HERE, "cpu"}))
-    flag("--compile", action="store_true", help="torch.compile the loss")
-    flag("--train-steps", type=int, help="updates")
-    flag("--batch-size", type=int, help="images an update")
-    flag("--lr", type=float)
-    flag("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
-    flag("--images", type=int, default=80, help="how many to draw; the picture shows up to 80")
-    flag("--caption", action="append", help="what to draw; may be repeated")
-    flag("--npz", type=Path, help="also write the images x and their captions y to this file")
-    result.set_defaults(**defaults)
-    return result
-
-
-def start(parser, argv, train, sample):
-    """Reads the flags and does what they ask for."""
-    args = parser.parse_args(argv)
-    if not (args.train or args.sample):
-        return parser.print_help()
-    if args.train and not args.resume and (args.out / "log.jsonl").exists():
-        parser.error(f"{args.out} holds a run: add --resume, or take another --out")
-    if args.train:
-        train(args)
-    sample(args)
-
-
-def load(network, run, device):
+def load(network, run, device="cpu"):
     """The model of a run with averaged weights, and its checkpoint, read without running code."""
     checkpoint = torch.load(Path(run, "checkpoint.pt"), "cpu", weights_only=True)
     model = network(**checkpoint["args"])
     model.load_state_dict(checkpoint["ema"])
     return model.to(device, memory_format=torch.channels_last), checkpoint
+
+
+def main(argv, name, network, prepare, **defaults):
+    """Reads the flags, trains the network, from nothing or on from the last checkpoint, with the
+    loss_of(images, word ids, progress) that prepare(model, args) returns, and draws."""
+    parser = argparse.ArgumentParser(usage="see the top of the file, and --help")
+    flag = parser.add_argument
+    flag("--train", action="store_true", help="train a model, then draw with it")
+    flag("--resume", action="store_true", help="with --train: go on from the last checkpoint")
+    flag("--out", type=Path, default=Path("runs", name), help="the folder of the run")
+    flag("--data", help="an .npz of images x and texts y; without it, captioned digits")
+    flag("--seed", type=int, default=0)
+    flag("--device", default=models.HERE)
+    for key, value in defaults.items():  # --train-steps, --batch-size, --lr, --width
+        flag("--" + key.replace("_", "-"), type=type(value), default=value)
+    flag("--images", type=int, default=80, help="how many to draw, for captions of training")
+    args = parser.parse_args(argv)
+    if not args.train:
+        return parser.print_help()
+    if not args.resume and (args.out / "log.jsonl").exists():
+        parser.error(f"{args.out} holds a run: add --resume, or take another --out")
+    x, captions = load_data(args.data)
+    torch.manual_seed(args.seed)
+    vocabulary = sorted(set().union(*map(words_of, captions)))
+    sizes = {"shape": tuple(x.shape[1:]), "vocabulary": vocabulary, "width": args.width}
+    new = {"script": name, "args": sizes, "captions": captions, "update": 0}
+    checkpoint = load(network, args.out)[1] if args.resume else new
+    model = network(**checkpoint["args"])
+    train(args, model, checkpoint, x, captions, prepare(model, args))
+    model, _ = load(network, args.out, args.device)
+    captions = np.random.default_rng(0).permutation(captions)[: args.images].tolist()
+    x = models.draw(model, captions, args.seed) / 127.5 - 1
+    rows = list(zip(captions[::8], x.split(8)))
+    pictures.picture(args.out / "samples.png", rows)
 
 
 def train(args, model, checkpoint, x, captions, loss_of):
@@ -70,8 +70,6 @@ def train(args, model, checkpoint, x, captions, loss_of):
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     for name, part in parts.items() if args.resume else ():
         part.load_state_dict(checkpoint[name])
-    if args.compile:
-        loss_of = torch.compile(loss_of)
     args.out.mkdir(parents=True, exist_ok=True)
 
     bar = tqdm(range(checkpoint["update"] + 1, args.train_steps + 1))
@@ -89,7 +87,7 @@ def train(args, model, checkpoint, x, captions, loss_of):
         optimizer.step()
         for average, p in zip(ema.parameters(), model.parameters()):
             average.lerp_(p.detach(), 9 / (9 + update))  # over the last tenth of the updates
-        save = update % args.checkpoint_every == 0 or update == args.train_steps
+        save = update % 500 == 0 or update == args.train_steps
         if not (save or update % 10 == 0):
             continue
         log = {name: value.item() for name, value in log.items()}
@@ -104,16 +102,3 @@ def train(args, model, checkpoint, x, captions, loss_of):
             checkpoint["update"] = update
             torch.save(checkpoint, args.out / "checkpoint.tmp")
             os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
-
-
-def draw(args, model, checkpoint, **options):
-    """Draws args.images images for texts, or for captions of the training set: samples.png."""
-    texts = args.caption or checkpoint["captions"]
-    order = np.random.default_rng(0).choice(len(texts), args.images)
-    chosen = models.evenly(args.images, len(texts)) if args.caption else order
-    captions = [texts[i] for i in chosen]
-    x = models.draw(model, captions, args.seed, **options)
-    if args.npz:
-        np.savez_compressed(args.npz, x=x.movedim(1, 3).numpy(), y=captions)
-    titles = [f"{caption}, ..." for caption in captions[:80:8]]
-    pictures.picture(args.out / "samples.png", list(zip(titles, (x[:80] / 127.5 - 1).split(8))))

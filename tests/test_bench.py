@@ -17,7 +17,7 @@ from torch import nn
 
 import prior
 from bench import __main__ as bench
-from bench import datasets, explore, files, likelihood, models, quality, reader, report
+from bench import emoji, explore, files, likelihood, models, quality, reader, report
 from vae import captioned_digits, load_data
 
 WORDS = ["bright", "dark", "left", "right"]
@@ -46,7 +46,7 @@ def run(request, data, tmp_path_factory):
     sizes = "--width 8 --batch-size 8 --train-steps 2 --images 4 --device cpu".split()
     for name in ("diffusion", "one-step") if request.param == "one-step" else (request.param,):
         folder = runs / name
-        files = f"--data {data} --out {folder} --npz {folder}/samples.npz".split()
+        files = f"--data {data} --out {folder}".split()
         folder.mkdir()
         models.script(name).main(["--train", *models.choice(name), *sizes, *files])
     return SimpleNamespace(name=name, folder=folder)
@@ -68,32 +68,28 @@ class TestFigures:
 
     def test_manifold_figures_see_collapse_and_strangers(self):
         g = np.random.default_rng(0)
-        real, same = g.normal(size=(2, 400, 4)).astype(np.float32)
+        real, same = torch.from_numpy(g.normal(size=(2, 400, 4)))
         good = quality.manifold_figures(real, same)
         assert good["precision"] > 0.9
         assert good["recall"] > 0.9
         assert 0.8 < good["density"] < 1.2
         assert good["coverage"] > 0.9
-        collapsed = np.repeat(real[:5], 80, 0) + 1e-3 * same
+        collapsed = real[:5].repeat(80, 1) + 1e-3 * same
         bad = quality.manifold_figures(real, collapsed)
         assert bad["precision"] > 0.9
         assert bad["recall"] < 0.1
         assert bad["coverage"] < 0.2
         far = quality.manifold_figures(real, same + 50)
         assert max(far.values()) == 0
-        twelve = np.tile(real[:12], (20, 1))
+        twelve = real[:12].repeat(20, 1)
         repeated = quality.manifold_figures(twelve, twelve[:96])
         assert min(repeated[name] for name in ("precision", "recall", "coverage")) == 1
 
-    def test_sharpness_and_diversity(self):
+    def test_sharpness(self):
         x = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
         assert quality.sharpness(x) == 0
         x[0, 0, 4, 4] = 255
         assert quality.sharpness(x) == pytest.approx(8 / 36)
-        features = torch.tensor([0.0, 1, 10, 10, 5])[:, None]
-        assert quality.diversity(features, list("aabbc")) == pytest.approx(0.5)
-        assert quality.diversity(features, list("abcde")) is None
-        assert quality.ratio(1.0, 0) is quality.ratio(None, 1) is None
 
     def test_a_grid_shows_at_its_period(self):
         x = bytes_of(50, 3, 16, 16, top=40)
@@ -132,13 +128,10 @@ class TestFigures:
 
     def test_the_judge_reads_real_images_and_baselines_fail_where_they_should(self, judge):
         given = judge.baselines(20).values()
-        real, replay, one = [judge.measure(*images) for images in given]
+        real, replay = [judge.measure(*images) for images in given]
         assert list(real["agreement"].values()) == [1.0, 1.0] and real["obeyed"] == 1
-        assert min(real["shuffled"].values()) < 0.9
-        assert real["obeyed_by_chance"] <= min(real["shuffled"].values())
+        assert real["obeyed_by_chance"] < 0.9
         assert real["nearest"] == 1 and replay["nearest"] < 1e-6
-        assert one["diversity"] == 0 and 0.5 < real["diversity"] < 1.5
-        assert one["fd"] > max(real["fd"], replay["fd"])
         far = judge.measure(bytes_of(20, 1, 8, 8), judge.captions_test)
         same = judge.measure(judge.x, judge.captions)
         assert far["fd"] > 10 and abs(same["fd"]) < 0.1
@@ -174,34 +167,30 @@ class TestFigures:
         assert right > 0.9 and wrong < 0.2
 
     def test_half_of_the_rivals_are_the_nearest_captions(self):
+        """Where one other caption fits better than its own, an image is wrong if it is a rival."""
         names = [f"cat {tone} skin" for tone in "abcdef"] + [f"word{i} of two" for i in range(40)]
         stub = SimpleNamespace(candidates=names, classifier=SimpleNamespace(out=lambda x: x))
-        seen = []
-        stub.matcher = SimpleNamespace(
-            text=SimpleNamespace(tokenize=lambda texts: seen.append(texts)),
-            match=lambda out, ids: torch.tensor([1.0, 0.0]),
-        )
-        right = reader.Reader.match(stub, torch.zeros(1, 3), names[:1], 11)
-        assert right.tolist() == [1]
-        own, *others = seen[0]
-        assert own == names[0]
-        assert set(others[:5]) == set(names[1:6])
-        assert len(set(seen[0])) == 11
+        text = reader.Text(sorted({word for name in names for word in name.split()}), 8)
+        for better in (3, 30):
+            fit = torch.eye(len(names))[better].repeat(500, 1)
+            match = lambda out, ids: fit if len(ids) == 46 else torch.full((500, 500), 0.5)  # noqa: B023, E731
+            stub.matcher = SimpleNamespace(text=text, match=match)
+            right = reader.Reader.match(stub, torch.zeros(500, 3), names[:1] * 500, 11)
+            truth = 0 if better == 3 else 1 - 5 / 40
+            assert right.mean() == pytest.approx(truth, abs=0.06)
 
     def test_quality_reads_and_refuses(self, data, judge, monkeypatch, tmp_path, capsys):
-        files = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
+        files = [tmp_path / name for name in ("a.npz", "b.npz")]
         x, captions = judge.x[:9, 0].numpy(), judge.captions[:9]
         np.savez(files[0], x=x, y=captions)
-        np.savez(files[1], x=x[:, :4], y=captions)
         monkeypatch.setattr(quality, "Judge", lambda path: judge)
         common = ["--data", str(data)]
         quality.main([str(files[0]), *common])
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert len(rows) == 4 and rows[-1]["nearest"] < 1e-6
-        assert "shape" in refusal(quality.main, [str(files[1]), *common])
-        np.savez(files[2], x=x[:1], y=captions[:1])
+        assert len(rows) == 3 and rows[-1]["nearest"] < 1e-6
+        np.savez(files[1], x=x[:1], y=captions[:1])
         with pytest.raises(ValueError, match="two or more"):
-            quality.main([str(files[2]), *common])
+            quality.main([str(files[1]), *common])
 
 
 class Toy(nn.Module):
@@ -363,15 +352,16 @@ class TestModels:
     def test_images_are_drawn_as_the_script_draws_them(self, run):
         model, checkpoint = models.load(run.folder)
         assert checkpoint["name"] == run.name
-        samples = np.load(run.folder / "samples.npz")
-        captions = samples["y"].tolist()
+        captions, file = ["dark left", "bright right"], run.folder / "a.npz"
         x = models.draw(model, captions, 0)
-        assert np.array_equal(x.permute(0, 2, 3, 1), samples["x"])
         assert not torch.equal(x, models.draw(model, captions, 1))
+        if run.name not in ("autoregressive", "one-step"):
+            call = [*models.choice(run.name), *"--sample --images 2 --device cpu --out".split()]
+            call += [str(run.folder), "--npz", str(file), *(f"--caption={c}" for c in captions)]
+            models.script(run.name).main(call)
+            assert np.array_equal(x.permute(0, 2, 3, 1), np.load(file)["x"])
 
-    def test_flags_are_the_scripts_and_minutes_those_of_the_log(self, tmp_path):
-        flags = models.flags("flow-gan", "--batch-size", "7")
-        assert (flags.batch_size, flags.model) == (7, "flow-gan")
+    def test_minutes_are_those_of_the_log(self, tmp_path):
         tens = range(10, 201, 10)
         rows = [{"update": i, "seconds": 0.6 * i} for i in tens]
         rows[7]["seconds"] += 1000  # something else ran
@@ -390,42 +380,11 @@ class TestExplore:
         assert last.get("kind") == kinds.get(run.name)
         assert ("bits_per_dim" in last) == ("standard_error" in last) == (run.name in kinds)
         wanted = {"samples", "idea", "interpolation"}
-        if run.name not in ("autoregressive", "one-step"):
-            wanted.add("path")
+        if run.name in ("diffusion", "one-step"):
+            wanted.add("steps")
         if hasattr(models.network(run.name), "encode"):
             wanted.add("reconstruction")
-        assert {path.stem for path in run.folder.glob("*.png")} == wanted
-
-    def test_paths_end_in_the_sample(self):
-        for name, show in (("diffusion", explore.steps), ("flow", explore.scales)):
-            model = models.fresh(name, (1, 20, 20), WORDS, width=8)
-            for p in model.parameters():
-                nn.init.normal_(p, std=0.1)
-            z = prior.sample(2, 1, 20, 20, seed=0)
-            c = model.embed(model.tokenize(["dark", "left"]))
-            torch.manual_seed(0)
-            frames = show(model, z, c)
-            torch.manual_seed(0)
-            sample = model.sample(z, c)
-            assert len(frames) == (10 if name == "diffusion" else len(model.stacks))
-            assert torch.allclose(frames[-1].clamp(-1, 1), sample, atol=1e-5)
-            assert not torch.allclose(frames[0], sample, atol=1e-3)
-
-    def test_a_run_without_a_log_is_shown_and_a_call_by_file_name_works(self, data, tmp_path):
-        model = tiny("vae")
-        run = {"script": "vae", "args": model.args, "ema": model.state_dict()}
-        torch.save({**run, "update": 1, "captions": ["dark left"]}, tmp_path / "checkpoint.pt")
-        call = [sys.executable, str(report.ROOT / "bench/explore.py"), str(tmp_path)]
-        call += ["--data", str(data), "--images", "2", "--device", "cpu"]
-        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / "path.png").exists()
-
-    def test_other_data_than_the_runs_is_refused(self, tmp_path):
-        model = tiny("vae")
-        run = {"script": "vae", "args": model.args, "ema": model.state_dict()}
-        torch.save(run, tmp_path / "checkpoint.pt")
-        assert "--data" in refusal(explore.main, [str(tmp_path), "--device", "cpu"])
+        assert wanted == {path.stem for path in run.folder.glob("*.png")}
 
 
 class TestBenchmark:
@@ -439,21 +398,21 @@ class TestBenchmark:
 
         monkeypatch.setattr(bench, "Judge", lambda path: quality.Judge(path, 20, 16))
         monkeypatch.setattr(quality.Judge, "likeness", counted)
-        sizes = "--quick --models vae flow --width 8 --batch-size 8 --train-steps 24".split()
+        sizes = "--quick --models vae flow --width 8 --batch-size 8 --train-steps 2".split()
         argv = [*sizes, "--device", "cpu", "--runs", str(tmp_path), "--data", str(data)]
         monkeypatch.setattr(likelihood, "measure", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             bench.main(argv)
-        assert len(calls) == 3 + 1  # baselines, and the first model
+        assert len(calls) == 2 + 1  # baselines, and the first model
         checkpoints = [tmp_path / name / "checkpoint.pt" for name in ("vae", "flow")]
         before = [path.stat().st_mtime_ns for path in checkpoints]
         monkeypatch.setattr(likelihood, "measure", measure)
         bench.main(argv)
         bench.main(argv)
-        assert len(calls) == 4 + 3  # vae again, flow with its guidance and without
+        assert len(calls) == 3 + 3  # vae again, flow with its guidance and without
         assert before == [path.stat().st_mtime_ns for path in checkpoints]
         rows = files.read(tmp_path / "results/quality.json")["rows"]
-        assert list(rows)[3:] == ["vae", "flow", "flow, guidance 1"]
+        assert list(rows)[2:] == ["vae", "flow", "flow, guidance 1"]
         row = rows["vae"]["0"]
         assert (row["updates"], row["n"]) == (2, 200)
         assert row["likelihood"]["n"] == 20
@@ -466,17 +425,17 @@ class TestBenchmark:
         torch.save(weights, checkpoints[0])
         bench.main([*argv, "--models", "vae"])
         checkpoints[0].write_bytes(kept)
-        assert len(calls) == 7 + 1  # of other weights
+        assert len(calls) == 6 + 1  # of other weights
         bench.main([*argv, "--models", "vae", "--seeds", "1", "2"])
-        assert len(calls) == 8 + 2
+        assert len(calls) == 7 + 2
         results = files.read(tmp_path / "results/quality.json")
         assert len(set(report.values(results, "vae", "fd"))) == 3
         files.write(tmp_path / "results/quality.json", {**results, "device": "another"})
         assert "another" in refusal(bench.main, argv)
 
-    def test_speed_is_timed_in_five_rounds(self, data, tmp_path):
-        call = [sys.executable, "-m", "pytest", "bench/test_speed.py", "--quick", "--width", "8"]
-        call += ["-k", "[vae-eager-1", "--data", str(data)]
+    def test_speed_is_timed_in_five_rounds(self, tmp_path):
+        call = [sys.executable, "-m", "pytest", "bench/test_speed.py"]
+        call += ["-k", "[vae-eager-1"]
         call += ["--benchmark-json", str(tmp_path / "speed-vae.json")]
         subprocess.run(call, cwd=report.ROOT, check=True, capture_output=True)
         notes, machine = report.benchmarks(tmp_path)
@@ -551,7 +510,7 @@ def emoji_package(path):
         place = next(places)
         return {"sheet_x": place % 4, "sheet_y": place // 4, "has_img_google": True, **more}
 
-    tones = list(datasets.TONES)
+    tones = list(emoji.TONES)
     hand = {tone: form() for tone in tones}
     hand |= {f"{a}-{b}": form() for a in tones for b in tones if a != b}
     entries = [form(name="RED FOX"), form(name="Waving hand", skin_variations=hand)]
@@ -572,29 +531,11 @@ def emoji_package(path):
     return entries, sheet
 
 
-class TestDatasets:
-    def test_stacked_digits_have_no_caption(self):
-        data = datasets.stacked(50)
-        assert data["x"].shape == (50, 28, 28, 3)
-        assert set(data["y"]) == {""}
-
-    def test_bound_names_its_digits_in_order_and_leaves_captions_out(self):
-        data = datasets.bound(300)
-        assert data["x"].shape == (300, 28, 28, 3)
-        out = set(datasets.left_out())
-        assert len(out) == 100 and set(data["y_test"]) <= out
-        assert not out & set(data["y"])
-        x, captions = load_data()
-        names = [caption.split()[2] for caption in captions]
-        text_of = dict(zip(map(bytes, x.numpy()), names))
-        for image, caption in zip(data["x"][:20], data["y"]):
-            channels = [bytes(image[..., i].copy()) for i in range(3)]
-            assert caption.split() == [text_of[channel] for channel in channels]
-
-    def test_emoji_are_cut_from_the_sheets_and_named_with_their_tones(self, tmp_path):
+class TestEmoji:
+    def test_they_are_cut_from_the_sheets_and_named_with_their_tones(self, tmp_path):
         entries, sheet = emoji_package(tmp_path / "emoji.tgz")
-        call = "emoji", tmp_path / "emoji.tgz", tmp_path / "e.npz", "--vendors", "google"
-        datasets.main([str(part) for part in call])
+        call = tmp_path / "emoji.tgz", tmp_path / "e.npz", "--vendors", "google"
+        emoji.main([str(part) for part in call])
         data = np.load(tmp_path / "e.npz")
         x = np.concatenate([data["x"], data["x_test"]])
         y = [*data["y"].tolist(), *data["y_test"].tolist()]
@@ -605,31 +546,6 @@ class TestDatasets:
         red_fox = x[y.index("red fox")]
         assert set(red_fox[0, 0]) == {255}  # transparent
         assert red_fox[16, 16].tolist() == [200, 0, 0]
-
-    def test_modes_of_stacked_digits(self):
-        """Read by a stub for which a digit is the first pixel."""
-        first = SimpleNamespace(values=[[], [], sorted(reader.DIGITS)])
-        first.features = lambda x: x[:, 0, 0, 0].long()
-        first.classify = lambda features: [None, None, features]
-        names = sorted(reader.DIGITS)
-        x = bytes_of(5000, 3, 2, 2, top=10)
-        found = datasets.modes(first, x, None)
-        assert found["modes"] == len(x[:, :, 0, 0].unique(dim=0))
-        assert 0 < found["kl"] < 0.2
-        same = x[:1].repeat(50, 1, 1, 1)
-        one = datasets.modes(first, same, None)
-        assert one["modes"] == 1
-        assert one["kl"] == pytest.approx(math.log(1000))
-        first_pixels = x[:, :, 0, 0].tolist()
-        asked = [" ".join(names[i] for i in pixels) for pixels in first_pixels]
-        turned = [" ".join(a.split()[::-1]) for a in asked]
-        told = datasets.obeyed(first, x, turned)
-        same = [a.split()[0] == a.split()[2] for a in asked]
-        n = {part: told[part]["n"] for part in told}
-        assert n["seen"] + n["unseen"] == 5000
-        shares = [told[part]["all three"] * n[part] for part in n]
-        assert sum(shares) == pytest.approx(sum(same))
-        assert {told[part]["green"] for part in told} == {1.0}
 
 
 def test_the_pages_have_the_tables_of_the_results():

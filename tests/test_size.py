@@ -17,7 +17,7 @@ SCRIPTS = {  # lines of code, and lines in all
     "flow": (355, 505),
     "hybrids": (540, 775),
 }
-FOLDERS = {"bench": 2453, "tests": 2738}  # lines in all, on the way to 2,000 and 2,300
+FOLDERS = {"bench": 2000, "tests": 2300}  # lines in all
 NO_CODE = "COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER".split()
 
 

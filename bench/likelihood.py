@@ -58,8 +58,7 @@ def noisy_density(model, x, c, guess):
     return -log_p - log_posterior.flatten(1).sum(1) - noise_entropy(model)
 
 
-def values(x):
-    """The pixel values k of images x in [-1, 1]."""
+def values(x):  # the pixel values k of images x in [-1, 1]
     return (127.5 * (x + 1)).round().long()
 
 
@@ -85,9 +84,10 @@ def guessed(x, m, log_share, tau):
 
 def noise_entropy(model):
     """The entropy of the noise of a flow, that is of y given x, in nats."""
-    y = torch.zeros(1, *model.latent_shape, device=model.stacks[0].std.device)
-    of_value, parts = 0.5 * math.log(2 * math.pi * math.e), model.analyze(y)
-    return sum(part.numel() * (of_value + math.log(s)) for part, s in zip(parts, model.scales))
+    y = model.stacks[0].std.new_zeros(1, *model.latent_shape)
+    parts, of_value = model.analyze(y), math.log(2 * math.pi * math.e) / 2
+    nats = [part.numel() * (of_value + math.log(s)) for part, s in zip(parts, model.scales)]
+    return sum(nats)
 
 
 def log_noise(y):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -103,11 +104,6 @@ class TestFigures:
         assert quality.grid(columns, 2) > 5
         assert quality.grid(columns, 4) < 1.2
 
-    def test_attributes_are_places_in_the_caption_or_the_caption(self):
-        assert reader.attributes(["a b", "c d"]) == [["a", "c"], ["b", "d"]]
-        assert reader.attributes(["a b", "c"]) == [["a b", "c"]]
-        assert reader.attributes(["x", "a b"], 2) == [["", "a"], ["", "b"]]
-
     def test_ink_and_slant_agree_with_all_captions_of_the_digits(self):
         digits = captioned_digits()
         captions = digits["y"].tolist()
@@ -118,13 +114,6 @@ class TestFigures:
         digits = [names.index(caption.split()[2]) for caption in captions]
         read = reader.Reader.read_digits(stub, x, digits, captions)
         assert [right.mean() for right in read.values()] == [1, 1, 1]
-        asked = reader.Reader.read_digits(stub, x[:1], digits[:1], ["zero slanted"])
-        assert asked["digit"].all() and asked["weight"].isnan().all()
-        digit = [caption.split()[2] for caption in captions]
-        two = [i for i in range(len(x)) if digit[i] in ("one", "two")]
-        some = [captions[i] for i in two]
-        reader.Reader.fit_digits(stub, x[two], some)  # of fewer classes
-        assert stub.medians.isfinite().sum() == 4
 
     def test_the_judge_reads_real_images_and_baselines_fail_where_they_should(self, judge):
         given = judge.baselines(20).values()
@@ -148,10 +137,6 @@ class TestFigures:
         monkeypatch.undo()
         assert judge.obedience(judge.x[:4], ["none of these"] * 4)["obeyed"] is None
 
-    def test_a_perfect_sample_covers_nearly_all(self, judge):
-        half = judge.measure(judge.x[::2], judge.captions[::2])
-        assert half["coverage"] > 0.9 and half["precision"] > 0.9
-
     def test_images_with_a_caption_each_are_matched_with_it(self):
         """Each picture is of one colour, which its caption names."""
         pairs = [(a, b) for a in range(4) for b in range(4)] * 3
@@ -173,7 +158,8 @@ class TestFigures:
         text = reader.Text(sorted({word for name in names for word in name.split()}), 8)
         for better in (3, 30):
             fit = torch.eye(len(names))[better].repeat(500, 1)
-            match = lambda out, ids: fit if len(ids) == 46 else torch.full((500, 500), 0.5)  # noqa: B023, E731
+            fits = {46: fit, 500: torch.full((500, 500), 0.5)}  # of all captions, of its own
+            match = lambda out, ids: fits[len(ids)]  # noqa: B023, E731
             stub.matcher = SimpleNamespace(text=text, match=match)
             right = reader.Reader.match(stub, torch.zeros(500, 3), names[:1] * 500, 11)
             truth = 0 if better == 3 else 1 - 5 / 40
@@ -240,21 +226,6 @@ class Spread(Toy):
         return v.sum(-1).float()
 
 
-class Normal(Toy):
-    """x ~ N(0, S) for a matrix S of 16 values, which depend on each other."""
-
-    def __init__(self):
-        super().__init__()
-        root = 0.25 * torch.eye(16) + 0.1 * torch.randn(16, 16)
-        self.covariance = root @ root.T / 2
-
-    def velocity(self, z, t, c):
-        of_z = (1 - t) ** 2 * self.covariance + t**2 * torch.eye(16)
-        slope = t * torch.eye(16) - (1 - t) * self.covariance
-        slope = slope @ of_z.inverse()
-        return (z.flatten(1) @ slope.T).view_as(z)
-
-
 class TestLikelihood:
     def test_a_bound_with_the_true_posterior_is_the_probability(self):
         torch.manual_seed(0)
@@ -279,26 +250,6 @@ class TestLikelihood:
         scales.view(-1)[:100] = model.coarse_noise  # one part of four
         truth = torch.distributions.Normal(0.0, scales).entropy().sum().item()
         assert likelihood.noise_entropy(model) == pytest.approx(truth, rel=1e-5)
-
-    def test_the_flow_of_probability_is_a_bound_close_to_a_normals_density(self):
-        torch.manual_seed(0)
-        model = Normal()
-        zero = torch.zeros(16)
-        normal = torch.distributions.MultivariateNormal(zero, model.covariance)
-        x = normal.sample((300,)).clamp(-1, 1)
-        x = (127.5 * (x + 1)).round().byte()
-        x = x.view(300, 1, 4, 4)
-        result = likelihood.measure(model, x, [""] * 300, (x, [""] * 300))
-        density = normal.log_prob(x.flatten(1) / 127.5 - 1).mean().item()
-        truth = math.log2(127.5) - density / (16 * math.log(2))
-        assert truth - 0.08 < result["bits_per_dim"] < truth + 0.25
-        assert result["standard_error"] < 0.08
-
-    def test_noise_of_a_bin_integrates_to_1(self):
-        y = torch.linspace(-1.1, 1.1, 220_001, dtype=torch.double)
-        density = likelihood.log_noise(y)[:, [0, 100, 255]].exp()
-        total = density.sum(0) * 1e-5
-        assert (total - 1).abs().max() < 1e-4
 
     def test_importance_weights_find_the_integral_over_z(self, monkeypatch):
         torch.manual_seed(0)
@@ -333,10 +284,6 @@ class TestModels:
         np.savez(tmp_path / "a.npz", x=whole["x"], y=whole["y"], **test)
         x, captions = models.held_out(str(tmp_path / "a.npz"))
         assert len(x) == 3 and captions == ["dark left", "", "bright"]
-        test["y_test"] = ["dark"]
-        np.savez(tmp_path / "b.npz", x=whole["x"], y=whole["y"], **test)
-        with pytest.raises(ValueError, match="b.npz"):
-            models.held_out(str(tmp_path / "b.npz"))
 
     def test_evaluations_are_counted(self):
         counts = {}
@@ -415,27 +362,28 @@ class TestBenchmark:
         assert list(rows)[2:] == ["vae", "flow", "flow, guidance 1"]
         row = rows["vae"]["0"]
         assert (row["updates"], row["n"]) == (2, 200)
-        assert row["likelihood"]["n"] == 20
-        assert row["parameters"] > 1000
-        assert row["minutes"] >= 0
+        assert row["likelihood"]["n"] == 20 and row["parameters"] > 1000
         assert "| [vae](/vae.py) | 1 |" in capsys.readouterr().out
         kept = checkpoints[0].read_bytes()
         weights = torch.load(checkpoints[0], weights_only=True)
         weights["ema"]["log_scale"] += 1
         torch.save(weights, checkpoints[0])
+        shutil.copytree(tmp_path / "vae", tmp_path / "stage")
+        (tmp_path / "stage").rename(tmp_path / "vae/at-2")
         bench.main([*argv, "--models", "vae"])
+        shutil.rmtree(tmp_path / "vae/at-2")
         checkpoints[0].write_bytes(kept)
-        assert len(calls) == 6 + 1  # of other weights
+        assert len(calls) == 6 + 2  # of other weights, and the copy
+        assert "vae, update 2" in files.read(tmp_path / "results/quality.json")["rows"]
         bench.main([*argv, "--models", "vae", "--seeds", "1", "2"])
-        assert len(calls) == 7 + 2
+        assert len(calls) == 8 + 2
         results = files.read(tmp_path / "results/quality.json")
         assert len(set(report.values(results, "vae", "fd"))) == 3
         files.write(tmp_path / "results/quality.json", {**results, "device": "another"})
         assert "another" in refusal(bench.main, argv)
 
     def test_speed_is_timed_in_five_rounds(self, tmp_path):
-        call = [sys.executable, "-m", "pytest", "bench/test_speed.py"]
-        call += ["-k", "[vae-eager-1"]
+        call = [sys.executable, "-m", "pytest", "bench/test_speed.py", "-k", "[vae-eager-1"]
         call += ["--benchmark-json", str(tmp_path / "speed-vae.json")]
         subprocess.run(call, cwd=report.ROOT, check=True, capture_output=True)
         notes, machine = report.benchmarks(tmp_path)
@@ -458,7 +406,7 @@ class TestBenchmark:
             assert text.endswith("one seed |") == (told == "one seed")
             assert ("does not hold" in text) == (told == "not")
         times = {"mode": "eager", "batch": 64, "rounds": [0.1, 0.11, 0.1]}
-        notes = [{**times, "label": "one-step"}, {**times, "label": "diffusion", "batch": 8}]
+        notes = [{**times, "label": label} for label in ("one-step", "diffusion")]
         assert "one jump is faster than ten steps" in report.claims_table({}, notes)
 
     def test_pages_and_tables(self, tmp_path, monkeypatch):
@@ -502,50 +450,40 @@ class TestBenchmark:
         assert "a \\| b" in files.table(["head"], [["a | b"]])
 
 
-def emoji_package(path):
-    """A package like emoji-datasource, of a fox, a hand of all tones, and a couple."""
-    places = iter(range(100))
-
-    def form(**more):
-        place = next(places)
-        return {"sheet_x": place % 4, "sheet_y": place // 4, "has_img_google": True, **more}
-
-    tones = list(emoji.TONES)
-    hand = {tone: form() for tone in tones}
-    hand |= {f"{a}-{b}": form() for a in tones for b in tones if a != b}
-    entries = [form(name="RED FOX"), form(name="Waving hand", skin_variations=hand)]
-    couple = {f"{tones[0]}-{tones[4]}": form()}
-    entries += [form(name="KISS", skin_variations=couple), form(name="none", has_img_google=False)]
-    sheet = np.zeros((34 * 9, 34 * 4, 4), np.uint8)
-    where = 34 * entries[0]["sheet_y"], 34 * entries[0]["sheet_x"]
-    top, left = where[0] + 9, where[1] + 9
-    sheet[top : top + 17, left : left + 17] = 200, 0, 0, 255
-    picture, text = io.BytesIO(), json.dumps(entries).encode()
-    Image.fromarray(sheet).save(picture, "png")
-    files = {"package/emoji.json": text, "package/img/google/sheets/32.png": picture.getvalue()}
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return entries, sheet
-
-
 class TestEmoji:
     def test_they_are_cut_from_the_sheets_and_named_with_their_tones(self, tmp_path):
-        entries, sheet = emoji_package(tmp_path / "emoji.tgz")
+        """A package like emoji-datasource, of a fox, a hand of five tones, and 25 couples."""
+        places = iter(range(100))
+
+        def form(**more):
+            place = next(places)
+            return {"sheet_x": place % 4, "sheet_y": place // 4, "has_img_google": True, **more}
+
+        tones = list(emoji.TONES)
+        fox, none = form(name="RED FOX"), form(name="none", has_img_google=False)
+        hand = form(name="hand", skin_variations={tone: form() for tone in tones})
+        couples = {f"{a}-{b}": form() for a in tones for b in tones}
+        entries = [fox, none, hand, form(name="KISS", skin_variations=couples)]
+        sheet = np.zeros((34 * 9, 34 * 4, 4), np.uint8)
+        sheet[9:26, 9:26] = 200, 0, 0, 255
+        picture, text = io.BytesIO(), json.dumps(entries).encode()
+        Image.fromarray(sheet).save(picture, "png")
+        content = {"emoji.json": text, "img/google/sheets/32.png": picture.getvalue()}
+        with tarfile.open(tmp_path / "emoji.tgz", "w:gz") as tar:
+            for name, part in content.items():
+                info = tarfile.TarInfo(f"package/{name}")
+                info.size = len(part)
+                tar.addfile(info, io.BytesIO(part))
         call = tmp_path / "emoji.tgz", tmp_path / "e.npz", "--vendors", "google"
         emoji.main([str(part) for part in call])
         data = np.load(tmp_path / "e.npz")
-        x = np.concatenate([data["x"], data["x_test"]])
-        y = [*data["y"].tolist(), *data["y_test"].tolist()]
-        toned = sum(caption.endswith(" skin") for caption in y)
-        assert toned == 26 and len(data["y_test"]) == 2
+        assert (len(data["y"]), len(data["y_test"])) == (30, 3)
         assert all(caption.endswith(" skin") for caption in data["y_test"])
-        assert {"waving hand", "waving hand light skin", "kiss light skin and dark skin"} <= set(y)
-        red_fox = x[y.index("red fox")]
-        assert set(red_fox[0, 0]) == {255}  # transparent
-        assert red_fox[16, 16].tolist() == [200, 0, 0]
+        y = [*data["y"].tolist(), *data["y_test"].tolist()]
+        assert {"hand", "hand light skin", "kiss light skin and dark skin"} <= set(y)
+        fox = data["x"][y.index("red fox")]
+        assert set(fox[0, 0]) == {255}  # transparent
+        assert fox[16, 16].tolist() == [200, 0, 0]
 
 
 def test_the_pages_have_the_tables_of_the_results():

@@ -57,13 +57,6 @@ def test_log_determinant_is_the_full_jacobians_and_inverse_undoes_forward(shape)
         assert (jacobian.abs() > 1e-12).double().mean() > 0.1
 
 
-def test_a_round_trip_in_float32_is_exact_to_a_thousandth():
-    model, c = tiny((3, 32, 32), 0.03, 32, torch.float32)
-    y = 2 * torch.rand(5, 3, 32, 32) - 1
-    z, _ = model(y, c)
-    assert close(model.inverse(z, c), y, 0, 1e-3)
-
-
 def test_the_density_of_images_of_two_values_integrates_to_1():
     """By the midpoint rule in the plane."""
     model, c = tiny((2, 1, 1), std=0.1)
@@ -166,20 +159,6 @@ def test_guidance_goes_from_the_null_text_through_the_conditional_inverse():
         assert close(y[:, coupling.changed], truth)
     z = torch.randn(5, 1, 20, 20)
     assert not close(model.inverse(z, c, 0.0), model.inverse(z, c), atol=1e-2)
-
-
-def test_no_guidance_leads_out_of_the_range():
-    model, c = tiny((1, 20, 20), std=1.0)
-    z = 3 * torch.randn(5, 1, 20, 20)
-    stack = model.stacks[-1]
-    *_, h = model.analyze(z)
-    known = c[:, :, None, None]
-    null = known[4:].expand(5, -1, -1, -1)
-    free = stack.inverse(h, known, null)
-    free = (free - stack.mean) / stack.std
-    kept = stack.inverse(h, known, null, 4.0)
-    kept = (kept - stack.mean) / stack.std
-    assert free.abs().max() > 4 >= kept.abs().max() - 1e-9
 
 
 def test_sample_is_m_of_what_the_inverse_gives_and_m_corrects_y():

@@ -23,26 +23,6 @@ def penalty_of(slopes):
     return slopes.square().flatten(1).sum(1) * n / 784
 
 
-def test_penalties_of_a_quadratic_critic_are_in_closed_form():
-    """D(x) = a |x|^2 / 2 + <b, x> has the gradient a x + b. gamma = 2 adds the penalties."""
-    a, b = 0.7, torch.randn(1, 2, 3, 3)
-    real, fake = torch.randn(2, 5, 2, 3, 3)
-
-    def judge(x, c):
-        each = a * x.square() / 2 + b * x
-        return each.sum((1, 2, 3))
-
-    def penalty(kind):
-        with_it, _ = gan.duel(judge, real, fake, C, 2.0, kind=kind)
-        without, _ = gan.duel(judge, real, fake, C, 0.0, kind=kind)
-        return with_it - without
-
-    r1 = penalty_of(a * real + b).mean()
-    r2 = penalty_of(a * fake.clamp(-1, 1) + b).mean()
-    assert close(penalty("relativistic"), r1 + r2)
-    assert close(penalty("nonsaturating"), r1)
-
-
 def critics_loss(judge, real, fake, c, gamma, kind):
     """The loss of D as the textbooks write it, for fake images that do not lead back to G."""
     images = torch.cat([real, fake]).detach().requires_grad_()

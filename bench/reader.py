@@ -156,11 +156,10 @@ class Reader:
         """Takes the medians of ink and slant, (2, 10), from all images of each built-in digit."""
         figures = ink_and_slant(x)
         words = [caption.split()[2] for caption in captions]
-        self.medians = torch.full((2, 10), torch.nan)
+        self.medians = torch.empty(2, 10)
         for i, digit in enumerate(DIGITS):
             same = torch.tensor([word == digit for word in words])
-            if same.any():
-                self.medians[:, i] = figures[:, same].quantile(0.5, 1)
+            self.medians[:, i] = figures[:, same].quantile(0.5, 1)
 
     def labels(self, captions):
         """The class of each attribute: int64 (N,) each, -1 where no training caption had it."""

@@ -356,10 +356,10 @@ class TestBenchmark:
         monkeypatch.setattr(likelihood, "measure", measure)
         bench.main(argv)
         bench.main(argv)
-        assert len(calls) == 3 + 3  # vae again, flow with its guidance and without
+        assert len(calls) == 3 + 2  # vae again, and flow
         assert before == [path.stat().st_mtime_ns for path in checkpoints]
         rows = files.read(tmp_path / "results/quality.json")["rows"]
-        assert list(rows)[2:] == ["vae", "flow", "flow, guidance 1"]
+        assert list(rows)[2:] == ["vae", "flow"]
         row = rows["vae"]["0"]
         assert (row["updates"], row["n"]) == (2, 200)
         assert row["likelihood"]["n"] == 20 and row["parameters"] > 1000
@@ -373,10 +373,10 @@ class TestBenchmark:
         bench.main([*argv, "--models", "vae"])
         shutil.rmtree(tmp_path / "vae/at-2")
         checkpoints[0].write_bytes(kept)
-        assert len(calls) == 6 + 2  # of other weights, and the copy
+        assert len(calls) == 5 + 2  # of other weights, and the copy
         assert "vae, update 2" in files.read(tmp_path / "results/quality.json")["rows"]
         bench.main([*argv, "--models", "vae", "--seeds", "1", "2"])
-        assert len(calls) == 8 + 2
+        assert len(calls) == 7 + 2
         results = files.read(tmp_path / "results/quality.json")
         assert len(set(report.values(results, "vae", "fd"))) == 3
         files.write(tmp_path / "results/quality.json", {**results, "device": "another"})

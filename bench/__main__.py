@@ -3,14 +3,15 @@
   python -m bench                    each script's default length, hours on a CPU
   python -m bench --quick            200 updates and 200 samples: minutes
   python -m bench --seeds 0 1 2      each model from three training seeds
-  python -m bench --data FILE.npz --models vae gan --width 32      other flags go to the scripts
+  python -m bench --data FILE.npz --models vae gan
 
-writes quality.json, a row a way to sample and training seed, samples.png and pictures of FD into
---out. An interrupted call goes on where it stopped: a run is resumed, and a row is measured again
-if its run has other weights by now. With --train-steps 1, runs are measured as they are; where a
-run has copies of itself in folders at-1000, at-2000, ..., these are measured, too. With --data, the
-scripts' default way to sample is measured alone. Speed is `pytest bench`, whose JSON belongs into
-the same folder. All seeds of one-step start from the one run of diffusion beside them.
+writes quality.json (a row for each way to sample and each training seed), samples.png and pictures
+of FD into --out. --train-steps, --batch-size, --lr and --width go to the scripts. An interrupted
+call goes on: runs are resumed, a finished one draws its samples.png anew, and a row is measured
+again if its run has other weights by now. With --train-steps 1, runs are measured as they are, and
+so are copies of a run in its folders at-1000, at-2000, ... With --data, the default way to sample
+is measured alone. Speed is `pytest bench`, whose JSON belongs into the same folder. All seeds of
+one-step start from the one run of diffusion beside them.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def main(argv=None):
     flag, names = parser.add_argument, list(models.MODELS)
     flag("--quick", action="store_true", help="200 updates, 200 samples")
     flag("--out", type=Path, help="of the results [bench/results, or a folder beside the runs]")
-    flag("--runs", type=Path, help="of the runs [runs, runs/DATA, runs/quick]")
+    flag("--runs", type=Path, help="of the runs [runs, runs/DATA, runs/DATA/quick]")
     flag("--data", type=Path, help="an .npz of images and captions [built-in digits]")
     flag("--seeds", type=int, nargs="+", default=[0], help="of training [0]")
     flag("--models", nargs="*", choices=names, default=names)
@@ -37,7 +38,7 @@ def main(argv=None):
     flag("--device", default=models.HERE)
     args, training = parser.parse_known_args(argv)
     data = str(args.data.resolve()) if args.data else None
-    place = "quick" if args.quick else args.data.stem if data else ""
+    place = "/".join([args.data.stem] * bool(data) + ["quick"] * args.quick)
     runs = args.runs or models.ROOT / "runs" / place
     out = args.out or (runs / "results" if place else report.RESULTS)
     out.mkdir(parents=True, exist_ok=True)
@@ -87,8 +88,8 @@ def main(argv=None):
             strips.append((name, drawn / 127.5 - 1))
         settings = {name: {}} if data else models.settings(name)
         ways = [(label, run, options) for label, options in settings.items()]
-        for stage in run.glob("at-*"):
-            ways.append((f"{name}, update {stage.name[3:]}", stage, {}))
+        for file in run.glob("at-*/checkpoint.pt"):
+            ways.append((f"{name}, update {file.parent.name[3:]}", file.parent, {}))
         for label, stage, options in ways:
             model, checkpoint = models.load(stage, args.device)
             weights = float(f"{torch.nn.utils.get_total_norm(model.parameters()):.6g}")

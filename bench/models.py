@@ -124,9 +124,9 @@ def draw(model, captions, seed, batch=100, **options):
 
 
 def cost(model, **options):
-    """What sample takes for one image, counted at the network's layers, the text's left out:
-    evaluations, where a guided step's two count as two; gflop; and mb that the layers read and
-    write, without their weights, which serve all images of a batch."""
+    """What sample takes for one image: gflop; evaluations of the network, where a guided step's two
+    count as two; and mb that its layers, the text's left out, read and write, without their
+    weights, which serve all images of a batch."""
     calls, moved = Counter(), Counter()
 
     def count(layer, given, y):
@@ -165,5 +165,5 @@ def held_out(path=None):
 
 
 def evenly(n, length):
-    """n of the places 0 to length - 1, evenly spread."""
+    """n of the places 0 to length - 1, evenly spread; some come again where n is larger."""
     return [i * length // n for i in range(n)]

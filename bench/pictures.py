@@ -18,7 +18,7 @@ def picture(path, rows, captions=()):
     grid = figure.subplots(len(rows), n, squeeze=False)
     for line, (name, images) in zip(grid, rows):
         title = textwrap.fill(name, 15, max_lines=5)
-        line[0].set_ylabel(title, rotation=0, fontsize=9, parse_math=False, ha="right")
+        line[0].set_ylabel(title, rotation=0, size=9, parse_math=False, ha="right", va="center")
         for axes in line:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)

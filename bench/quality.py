@@ -18,7 +18,7 @@ for training images replayed.
   nearest    median distance of a sample to its nearest training image, in pixels, over the same
              for held-out images; well under 1 are copies
 
-Compare at equal n, and all but obeyed for captions of the training images.
+Compare at equal n; for every figure but obeyed, draw for captions of training.
 """
 
 import argparse

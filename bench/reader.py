@@ -1,8 +1,8 @@
 """What reads an image: is it what its caption asks for?
 
-An attribute is a place in the caption, where all captions have as many words, else the caption as a
-whole. A classifier reads it, trained on the training images alone. Weight and slant of the built-in
-digits are read by formulas instead, the captions' own.
+An attribute is a place in the caption, where all captions are of equally many words, else the
+caption as a whole. A classifier reads it, trained on the training images alone; formulas read
+weight and slant of the built-in digits, the captions' own.
 
 Where there are nearly as many captions as images, a classifier has nothing to learn. There pictures
 and texts are learned into one space (a small CLIP, Radford et al. 2021), again from the training

@@ -133,9 +133,8 @@ def speed_table(notes):
 
 
 def others_table(folder):
-    """Bound: three digits in colours, with captions seen and unseen, all three as asked.
-    StackedMNIST: how many of 1,000 modes 26,000 samples have. These and Fashion-MNIST are of the
-    code and networks of 14612b3."""
+    """Bound: three digits in colours, with captions seen and unseen, all three as asked. Modes: how
+    many of StackedMNIST's 1,000 are in 26,000 samples. All but emoji: by networks of 14612b3."""
     names = "bound", "stacked", "fashion-mnist/quality", "emoji/quality"
     bound, stacked, fashion, emoji = (read(folder / f"{name}.json") for name in names)
     body = []
@@ -207,7 +206,7 @@ def results(folder):
         ("Steps", steps_table, quality, quality, rates(notes)),
         ("Speed of sampling", speed_table, machine, notes),
         (f"Speed of sampling{older}", speed_table, card, there),
-        ("Other data", others_table, read(folder / "bound.json"), folder),
+        ("Other data", others_table, read(folder / "emoji/quality.json"), folder),
         ("Likelihood", likelihood_table, quality, quality),
         ("Claims", claims_table, quality, quality, notes),
     ):
@@ -215,7 +214,7 @@ def results(folder):
         if made:
             text = function.__doc__.replace("\n    ", " ")
             parts += [f"## {title}", text, made, where(source)]
-    for path in sorted(folder.glob("**/*.png")):
+    for path in sorted([*folder.glob("*.png"), *folder.glob("*/*.png")]):
         parts.append(f"![{path.stem}]({path.relative_to(folder.parent)})")
     return "\n\n".join(parts) + "\n"
 

@@ -55,7 +55,7 @@ def main(argv, name, network, prepare, **defaults):
     model, _ = load(network, args.out, args.device)
     captions = np.random.default_rng(0).permutation(captions)[: args.images].tolist()
     x = models.draw(model, captions, args.seed) / 127.5 - 1
-    rows = list(zip(captions[::8], x.split(8)))
+    rows = list(zip((f"{caption}, ..." for caption in captions[::8]), x.split(8)))
     pictures.picture(args.out / "samples.png", rows)
 
 
@@ -78,7 +78,8 @@ def train(args, model, checkpoint, x, captions, loss_of):
         torch.manual_seed(hash((args.seed, update)))
         i = torch.randint(len(x), (args.batch_size,), device=x.device)
         progress = (update - 0.5) / args.train_steps
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        half = x.is_cuda and not hasattr(model, "gru")  # cuDNN's would be in fp16
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             loss, log = loss_of(x[i] / 127.5 - 1, ids[i], progress)
         optimizer.zero_grad()
         loss.backward()

@@ -43,14 +43,14 @@ def test_probabilities_of_all_images_sum_to_1():
 
 
 def test_value_by_value_it_draws_what_all_at_once_says():
-    model = writer(4)
-    z, c = torch.randn(50, 1, 4, 4).double(), text(model, 50)
+    model = writer(4, 3)
+    z, c = torch.randn(50, 3, 4, 4).double(), text(model, 50)
     x = model.sample(z, c)
     assert len(x.unique()) == 4
     f = model(x, c).softmax(2).cumsum(2)
-    u = torch.special.ndtr(z).flatten(1)[..., None]
+    u = torch.special.ndtr(z).movedim(1, 3).flatten(1)[..., None]
     value = (f < u).sum(2) / 127.5 - 1
-    assert torch.allclose(value, x.flatten(1).float())
+    assert torch.allclose(value, x.movedim(1, 3).flatten(1).float())
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ def images(shape):
     return (torch.rand(400, *shape) * spread).byte()
 
 
-def tiny(shape=(1, 8, 8), std=0.05, width=8, dtype=torch.float64):
+def tiny(shape=(1, 8, 8), std=0.05):
     """A flow with random weights, fit to random images, and c of five texts, the last null."""
-    torch.set_default_dtype(dtype)
-    model = flow.Flow(shape, ["a", "b", "c"], width)
+    torch.set_default_dtype(torch.float64)
+    model = flow.Flow(shape, ["a", "b", "c"], width=8)
     model.eval().requires_grad_(False)
     for p in [*model.stacks.parameters(), *model.readers.parameters()]:
         nn.init.normal_(p, std=std)

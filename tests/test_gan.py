@@ -1,4 +1,4 @@
-"""gan.py: penalties and losses in closed form, who moves whom, and modes found."""
+"""gan.py: losses and penalties as textbooks write them, who moves whom, and modes found."""
 
 import copy
 import math

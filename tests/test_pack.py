@@ -4,25 +4,20 @@ import json
 
 import numpy as np
 import pytest
+from conftest import refusal
 from PIL import Image
 
 from bench import pack
 
 
-def refused(capsys, *argv):
-    """The one line that pack ends with when it refuses argv, after argparse's usage if it does."""
-    with pytest.raises(SystemExit) as stop:
-        pack.main([str(a) for a in argv])
-    text = capsys.readouterr().err if stop.value.code == 2 else stop.value.code
-    line = text.strip().splitlines()[-1]
-    assert line.startswith("bench.pack: ") or "error: " in line
-    return line
+def refused(*argv):
+    return refusal(pack.main, [str(a) for a in argv])
 
 
-def picture(path, mode="L", size=(10, 6), value=100):
+def picture(path, mode="L"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    colour = value if mode == "L" else (value, 0, 255)
-    Image.new(mode, size, colour).save(path)
+    colour = 100 if mode == "L" else (100, 0, 255)
+    Image.new(mode, (10, 6), colour).save(path)
 
 
 def test_images_become_crops_with_the_captions_beside_them(tmp_path):
@@ -42,27 +37,27 @@ def test_images_become_crops_with_the_captions_beside_them(tmp_path):
     assert np.load(tmp_path / "more.npz")["x"].shape == (4, 32, 32, 3)
 
 
-def test_refusals(tmp_path, capsys):
+def test_refusals(tmp_path):
     out = tmp_path / "out.npz"
     (tmp_path / "empty").mkdir()
-    assert "no folder" in refused(capsys, tmp_path / "nowhere", out)
-    assert "no images" in refused(capsys, tmp_path / "empty", out)
+    assert "no folder" in refused(tmp_path / "nowhere", out)
+    assert "no images" in refused(tmp_path / "empty", out)
     (tmp_path / "empty" / "bad.png").write_bytes(b"no image")
     Image.new("I;16", (8, 8)).save(tmp_path / "empty" / "deep.png")
-    line = refused(capsys, tmp_path / "empty", out)
+    line = refused(tmp_path / "empty", out)
     assert "bad.png" in line and "deep.png (it has more than 8 bits a channel)" in line
     picture(tmp_path / "in" / "good.png")
-    assert "--size 30" in refused(capsys, tmp_path / "in", out, "--size", "30")
+    assert "--size 30" in refused(tmp_path / "in", out, "--size", "30")
     assert not out.exists()
     out.write_bytes(b"mine")
-    assert "exists already" in refused(capsys, tmp_path / "in", out)
+    assert "exists already" in refused(tmp_path / "in", out)
 
 
-def packed(folder, capsys, *flags):
+def packed(folder, capsys):
     """What pack writes of a folder, and what it prints."""
     out = folder.parent / "out.npz"
     out.unlink(missing_ok=True)
-    pack.main([str(folder), str(out), "--size", "8", *flags])
+    pack.main([str(folder), str(out), "--size", "8"])
     return np.load(out), capsys.readouterr().out
 
 
@@ -113,7 +108,7 @@ def test_captions_of_all_kinds(tmp_path, capsys):
     assert "2.png ('utf-8' codec" in told
     assert "2 of 6 images have no caption" in told
     (folder / "metadata.jsonl").write_text("{}\n")
-    assert "metadata.jsonl" in refused(capsys, folder, tmp_path / "other.npz")
+    assert "metadata.jsonl" in refused(folder, tmp_path / "other.npz")
 
 
 def test_train_and_test_folders_fill_both_parts(tmp_path, capsys):

@@ -33,6 +33,12 @@ def test_words_are_runs_of_letters_and_digits_and_single_chinese_characters(capt
     assert vae.words_of(caption) == WORDS[caption].split()
 
 
+def test_the_first_64_words_count():
+    caption = " ".join(f"w{i}" for i in range(3000))
+    assert vae.words_of(caption) == [f"w{i}" for i in range(64)]
+    assert vae.Text(vae.words_of(caption), 8).tokenize([caption, "w3"]).shape == (2, 64)
+
+
 def test_words_become_ids_no_word_is_0_and_an_unknown_one_is_an_error():
     text = vae.Text(VOCABULARY, 16)
     ids = text.tokenize(["thin, seven!", "", "Bold", " six  six bold "])
@@ -121,7 +127,6 @@ def test_a_file_has_its_own_test_images_or_gives_a_tenth_that_takes_no_caption_a
 
 
 X = np.zeros((4, 8, 8), np.uint8)
-Y = np.array(["a", "b", "a", "b"])
 BAD = {
     "not uint8": X.astype(np.float32),
     "not square": X[:, :, :4],
@@ -132,7 +137,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_images_of_no_use_are_refused_in_a_line_that_says_what_is(case, tmp_path):
-    np.savez(tmp_path / "bad.npz", x=BAD[case], y=Y[: len(BAD[case])])
+    np.savez(tmp_path / "bad.npz", x=BAD[case], y=list("abab"))
     with pytest.raises(ValueError, match="bad.npz: take uint8 .* divides S"):
         vae.load_data(tmp_path / "bad.npz")
     flags = "--train", "--device", "cpu", "--data", tmp_path / "bad.npz", "--out", tmp_path / "run"

@@ -239,10 +239,10 @@ def plot(folder):
 
 
 def main():
+    plot(RESULTS)
     for path in [ROOT / name for name in PAGES if (ROOT / name).exists()]:
         path.write_text(page(path.read_text(), RESULTS))
     (ROOT / "bench/RESULTS.md").write_text(results(RESULTS))
-    plot(RESULTS)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
   python -m bench.emoji emoji-datasource-*.tgz emoji.npz [--vendors google twitter]
 
 Held out is a tenth of the captions with a skin tone. Google's pictures are under the Apache License
-2.0, Twitter's under CC BY 4.0; those of apple and facebook are their owners' and not to be
-published.
+2.0, Twitter's under CC BY 4.0; those of apple and facebook are not free.
 """
 
 import argparse

@@ -77,7 +77,7 @@ def load(run, device="cpu"):
 
 
 def prepare(model, args):
-    """The loss of images and their word ids; the teacher is the run diffusion beside --out."""
+    """The loss of images and their word ids. The teacher is the run diffusion beside --out."""
     teacher, _ = diffusion.load(args.out.parent / "diffusion", args.device)
     teacher.requires_grad_(False)
     model.net.load_state_dict(teacher.state_dict())

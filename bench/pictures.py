@@ -38,11 +38,12 @@ def quality_picture(path, lines, floors, what):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, points in lines.items():
-        axes.plot(*zip(*points), "o-", markersize=5, label=label)
+        axes.loglog(*zip(*points), "o-", subs=[2, 5], markersize=5, label=label)
     for (label, fd), style in zip(floors.items(), (":", "--")):
         axes.axhline(fd, linestyle=style, color="black", linewidth=1, label=label)
     figure.legend(loc="outside right upper", frameon=False)
-    axes.set(xscale="log", yscale="log", xlabel=what, ylabel="FD (lower is better)")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.set(xlabel=what, ylabel="FD (lower is better)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=150)

@@ -7,14 +7,16 @@
   reconstruction.png  held-out images, and what sample makes of what encode makes of them
   steps.png           what one z becomes in 1, 2, 5, 10 and 20 steps, where a model takes steps
 
-The last line printed is a JSON object: the run's model and, where it has a likelihood, bits_per_dim
-of held-out images, its standard_error, and what kind of statement that is.
+The last line printed is a JSON object, with bits_per_dim where the model has a likelihood.
 """
 
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for a call by file name
 
 import torch
 

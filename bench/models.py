@@ -124,9 +124,8 @@ def draw(model, captions, seed, batch=100, **options):
 
 
 def cost(model, **options):
-    """What sample takes for one image: gflop; evaluations of the network, where a guided step's two
-    count as two; and mb that its layers, the text's left out, read and write, without their
-    weights, which serve all images of a batch."""
+    """What sample takes for one image: gflop; evaluations, where a guided step's two count as two;
+    and mb that layers, the text's left out, read and write, without their weights."""
     calls, moved = Counter(), Counter()
 
     def count(layer, given, y):

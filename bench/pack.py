@@ -88,7 +88,8 @@ def pack_images(folder, size):
             lines = [line.strip() for line in lines if line.strip()] or [folder_name]
             caption = captions.get(path, lines[draw.integers(len(lines))])
         except Exception as error:  # of a decoder, whatever its kind
-            left_out[path] = str(error) or type(error).__name__
+            why = f"{text.name}: {error}" if isinstance(error, UnicodeError) else str(error)
+            left_out[path] = why or type(error).__name__
             continue
         images.append(image)
         chosen.append(caption[:500])  # some 64 words, which is what the models read

@@ -1,5 +1,4 @@
-"""What the two models of bench/ do as the scripts do: flags, training, checkpoints, samples.
-The scripts each say it themselves, as each can be copied alone."""
+"""What the two models of bench/ do as the scripts do, each of which can be copied alone."""
 
 import argparse
 import copy

@@ -2,9 +2,8 @@
 
   pytest bench --benchmark-json bench/results/speed.json [-k "vae or flow"]
 
-Weights are fresh ones, of the digits' size and words: speed does not depend on them. Each way to
-sample is timed at batch 1 and in a large batch, in at least five rounds, on CUDA also compiled and
-in bf16; each call waits for the device.
+Weights are fresh ones: speed does not depend on them. Each way to sample is timed at batch 1 and in
+a large batch, in at least five rounds, on CUDA also compiled and in bf16.
 """
 
 import functools

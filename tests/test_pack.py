@@ -105,7 +105,7 @@ def test_captions_of_all_kinds(tmp_path, capsys):
     y = data["y"].tolist()
     assert y[0] == "a red fox" and y[1] in ("one line", "another")
     assert len(y[2]) == 500 and y[3:] == ["from metadata", "", ""]
-    assert "2.png ('utf-8' codec" in told
+    assert "2.png (2.txt: 'utf-8' codec" in told
     assert "2 of 6 images have no caption" in told
     (folder / "metadata.jsonl").write_text("{}\n")
     assert "metadata.jsonl" in refused(folder, tmp_path / "other.npz")

@@ -82,30 +82,29 @@ def main(argv=None):
     ten = [asked[i] for i in models.evenly(10, len(asked))]
     texts = args.captions.read_text().splitlines() if args.captions else ten
     for (seed, name), run in run_of.items():
-        if seed == args.seeds[0]:
-            drawn = models.draw(models.load(run, args.device)[0], texts, 0)
-            strips.append((name, drawn / 127.5 - 1))
-        settings = {name: {}} if data else models.settings(name)
-        ways = [(label, run, options) for label, options in settings.items()]
+        stages = {run: {name: {}} if data else models.settings(name)}
         for file in run.glob("at-*/checkpoint.pt"):
-            ways.append((f"{name}, update {file.parent.name[3:]}", file.parent, {}))
-        for label, stage, options in ways:
+            stages[file.parent] = {f"{name}, update {file.parent.name[3:]}": {}}
+        for stage, ways in stages.items():
             model, checkpoint = models.load(stage, args.device)
+            if stage == run and seed == args.seeds[0]:
+                strips.append((name, models.draw(model, texts, 0) / 127.5 - 1))
             weights = float(f"{torch.nn.utils.get_total_norm(model.parameters()):.6g}")
             stamp = {"updates": checkpoint["update"], "asked": n, "weights": weights}
-            if is_there(label, seed, stamp):
-                continue
-            print(f"measuring {label}, training seed {seed}", flush=True)
-            x = models.draw(model, known, 0, **options)
-            row = judge.likeness(x) | {"obeyed_seen": judge.obedience(x, known)["obeyed"]}
-            row |= judge.obedience(models.draw(model, asked, 1, **options), asked)
-            row |= {"width": model.args.get("width"), **models.cost(model, **options)}
-            parameters = sum(p.numel() for p in model.parameters())
-            row |= {"minutes": models.minutes(stage), "parameters": parameters}
-            if label == name and seed == args.seeds[0]:
-                given = judge.x_test, judge.captions_test, (judge.x, judge.captions)
-                row["likelihood"] = likelihood.measure(model, *given, 200)
-            add(label, seed, row, stamp)
+            for label, options in ways.items():
+                if is_there(label, seed, stamp):
+                    continue
+                print(f"measuring {label}, training seed {seed}", flush=True)
+                x = models.draw(model, known, 0, **options)
+                row = judge.likeness(x) | {"obeyed_seen": judge.obedience(x, known)["obeyed"]}
+                row |= judge.obedience(models.draw(model, asked, 1, **options), asked)
+                row |= {"width": model.args.get("width"), **models.cost(model, **options)}
+                parameters = sum(p.numel() for p in model.parameters())
+                row |= {"minutes": models.minutes(stage), "parameters": parameters}
+                if label == name and seed == args.seeds[0]:
+                    given = judge.x_test, judge.captions_test, (judge.x, judge.captions)
+                    row["likelihood"] = likelihood.measure(model, *given, 200)
+                add(label, seed, row, stamp)
 
     seen = set(judge.captions)
     titles = [text if text in seen else f"{text} (not seen)" for text in texts]

@@ -63,7 +63,8 @@ class Autoregressive(nn.Module):
         near = near.where(self.seen, -1.0)
         e = self.evidence(near, self.place, c[:, None, None])
         e = e.flatten(1, 2)
-        h, _ = self.gru(e)                                                     # (2)
+        with torch.autocast(x.device.type, enabled=False):  # in which cuDNN's GRU is in fp16
+            h, _ = self.gru(e)                                                 # (2)
         return self.out(h + e).float()                                         # (3)
 
     def log_prob(self, x, c):

@@ -77,8 +77,7 @@ def train(args, model, checkpoint, x, captions, loss_of):
         torch.manual_seed(hash((args.seed, update)))
         i = torch.randint(len(x), (args.batch_size,), device=x.device)
         progress = (update - 0.5) / args.train_steps
-        half = x.is_cuda and not hasattr(model, "gru")  # cuDNN's would be in fp16
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             loss, log = loss_of(x[i] / 127.5 - 1, ids[i], progress)
         optimizer.zero_grad()
         loss.backward()

@@ -44,7 +44,7 @@ def main(argv=None):
     here = {**files.environment(args.device), "data": args.data.name if data else ""}
     path = out / "quality.json"
     results = files.read(path) or {**here, "rows": {}}
-    for key in ("device", "torch", "data"):
+    for key in ("torch", "data"):
         if results.get(key) != here[key]:
             raise SystemExit(f"{path} has another {key}, {results.get(key)}: move it away")
     run_of = {}
@@ -60,17 +60,15 @@ def main(argv=None):
     judge = Judge(data)
     n = len(judge.x_test)  # as many as there are, if these are enough for a distance
     n = 200 if args.quick else n if 500 <= n <= 1000 else 1000
-    places = models.evenly(n, len(judge.x))
-    known = [judge.captions[i] for i in places]
-    places = models.evenly(min(n, 500), len(judge.x_test))
-    asked = [judge.captions_test[i] for i in places]
+    known = [judge.captions[i] for i in models.evenly(n, len(judge.x))]
+    asked = [judge.captions_test[i] for i in models.evenly(min(n, 500), len(judge.x_test))]
 
     def is_there(label, seed, stamp):
         row = results["rows"].get(label, {}).get(str(seed), {})
         return stamp.items() <= row.items()
 
     def add(label, seed, row, stamp):
-        row = {"commit": here["commit"], **row, **stamp}
+        row = {"device": here["device"], "commit": here["commit"], **row, **stamp}
         results["rows"].setdefault(label, {})[str(seed)] = row
         files.write(path, results)
 

@@ -71,8 +71,7 @@ def main(argv=None):
         if "sampler" in models.options(name):
             undone["sampler"] = "ddim"  # which adds no noise
         back = model.sample(model.encode(some, c_some), c_some, **undone)
-        rows = [("held out", some), ("encoded, sampled", back)]
-        picture(args.run / "reconstruction.png", rows)
+        picture(args.run / "reconstruction.png", [("held out", some), ("encoded, sampled", back)])
     if "steps" in models.options(name):
         rows = [(f"{n} steps", model.sample(z, c, steps=n)) for n in (1, 2, 5, 10, 20)]
         picture(args.run / "steps.png", rows)

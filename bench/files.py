@@ -48,6 +48,18 @@ def read(path):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def where(*results):
+    """A line on where the figures of files are from: of all their rows, where these tell it."""
+    parts = []
+    for result in results:
+        rows = [row for by_seed in result.get("rows", {}).values() for row in by_seed.values()]
+        parts += [result | row for row in rows if isinstance(row, dict)] or [result]
+    keys = "device", "torch", "commit"
+    found = [dict.fromkeys(str(part.get(key)) for part in parts) for key in keys]
+    devices, versions, commits = map(" and ".join, found)
+    return f"Measured on {devices} with torch {versions}, commit {commits}."
+
+
 def number(values, digits=2, scale=1):
     """The mean of values, with their deviation if there are several; a dash if there is none."""
     if not values or None in values:

@@ -38,7 +38,7 @@ def quality_picture(path, lines, floors, what):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, points in lines.items():
-        axes.loglog(*zip(*points), "o-", subs=[2, 5], markersize=5, label=label)
+        axes.loglog(*zip(*points), "o-", subs=[2, 3, 5], markersize=5, label=label)
     for (label, fd), style in zip(floors.items(), (":", "--")):
         axes.axhline(fd, linestyle=style, color="black", linewidth=1, label=label)
     figure.legend(loc="outside right upper", frameon=False)

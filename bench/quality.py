@@ -106,11 +106,6 @@ class Judge:
         self.nearest = search.fit(self.x.flatten(1).numpy() / 255)
         self.held_out = self.distance(self.x_test)
 
-    def random(self, n):
-        """n random places among the training images, all of them if there are no more."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randperm(len(self.x), generator=generator)[:n].tolist()
-
     def distance(self, x):
         """Median distance in pixels to the nearest training image."""
         distance, _ = self.nearest.kneighbors(x.flatten(1).numpy() / 255)
@@ -136,10 +131,11 @@ class Judge:
     def likeness(self, x):
         """The figures beside the training images of images x, uint8 (N, C, H, W)."""
         features = self.reader.features(x)
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0))
         return {
             "n": len(x),
             "fd": float(frechet_distance(self.features, features)),
-            **manifold_figures(self.features[self.random(len(x))], features),
+            **manifold_figures(self.features[order[: len(x)]], features),
             "sharpness": sharpness(x) / self.sharpness,
             "grid": [grid(x, 2), grid(x, 4)],
             "nearest": self.distance(x) / self.held_out if self.held_out else None,

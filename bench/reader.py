@@ -173,17 +173,13 @@ class Reader:
         parts = [self.classifier.features(part / 255) for part in x.split(500)]
         return torch.cat(parts)
 
-    def classify(self, features):
-        """The likeliest value of each attribute: (N,) each."""
-        parts = self.classifier.out(features).split(self.sizes, 1)
-        return [part.argmax(1) for part in parts]
-
     def read(self, x, features, captions):
         """Is each attribute read as asked? 1 or 0, (N,) for each, under its name; NaN where the
         caption does not ask for it."""
         if self.matcher:
             return {"text": self.match(features, captions)}
-        read = self.classify(features)
+        parts = self.classifier.out(features).split(self.sizes, 1)
+        read = [part.argmax(1) for part in parts]
         if self.medians is not None:
             return self.read_digits(x, read[2], captions)
         right = []

@@ -10,16 +10,17 @@ import statistics
 from scipy.stats import ttest_ind
 
 from bench import pictures
-from bench.files import number, percent, read, significant, table
+from bench.files import number, percent, read, significant, table, where
 from bench.models import MODELS, ROOT, script
 
 RESULTS = ROOT / "bench/results"
 PAGES = "README.md", "docs/README.zh.md"
 REAL = "real, held out", "training images replayed"
-CURVE = [f"diffusion{way}" for way in (", 1 step", ", 2 steps", ", 4 steps", "", ", 20 steps")]
-CURVE += ["diffusion, 50 steps"]
+WAYS = ", 1 step", ", 2 steps", ", 4 steps", "", ", 20 steps", ", 50 steps"
+CURVE = [f"diffusion{way}" for way in WAYS]
 STEPS = [*CURVE, "diffusion, ddpm, 20 steps", "diffusion, guidance 1"]
 STEPS += ["one-step", "one-step, 2 steps", "one-step, 4 steps"]
+OTHERS = "bound", "stacked", "fashion-mnist/quality", "emoji/quality"
 SHORT = "model", "evaluations", "images/s", "FD", "text obeyed", "bits/dim", "minutes"
 LONG = "model", "evaluations", "FD", "recall", "text obeyed", "bits/dim", "minutes", "weights (M)"
 CLAIMS = (  # statement, of which way to sample, against which, in what, and whether more is better
@@ -46,6 +47,12 @@ def values(quality, label, figure):
     return [row.get(figure) for row in seeds(quality, label)]
 
 
+def minutes(quality, label):
+    """Of the first training seed's run, and of the diffusion model that one-step was before."""
+    runs = (label, "diffusion") if label.startswith("one-step") else (label,)
+    return sum(row.get("minutes", 0) for run in runs for row in seeds(quality, run)[:1])
+
+
 def benchmarks(folder):
     """What was recorded beside each benchmark of a folder, and of the machine."""
     notes, machine = [], {}
@@ -58,9 +65,8 @@ def benchmarks(folder):
 
 def rates(notes):
     """Images per second of each way to sample, eager, at its best batch, by its label."""
-    eager = [note for note in notes if note["mode"] == "eager"]
-    eager.sort(key=lambda note: note["images_per_s"])
-    return {note["label"]: note["images_per_s"] for note in eager}
+    eager = [(note["images_per_s"], note["label"]) for note in notes if note["mode"] == "eager"]
+    return {label: rate for rate, label in sorted(eager)}
 
 
 def figures(quality, label, *names):
@@ -73,7 +79,7 @@ def models_table(folder, columns):
     """As the scripts sample by default. FD, recall: samples for captions of training beside the
     training images; held-out images have what a perfect model has. Text obeyed: samples for
     held-out captions. ± is the deviation over training seeds, where there are several. Minutes are
-    of the threads that a training had: here one core."""
+    the first seed's, here of one core; one-step's have those of diffusion, which it was before."""
     notes, _ = benchmarks(folder)
     quality, rate, body = read(folder / "quality.json"), rates(notes), []
     for name in (*REAL, *MODELS):
@@ -87,7 +93,7 @@ def models_table(folder, columns):
             cells |= dict(zip(("FD", "recall", "text obeyed"), found))
             bits = row.get("likelihood")
             cells["bits/dim"] = f"{bits['bits_per_dim']:.2f} ({bits['kind']})" if bits else "-"
-            cells["minutes"] = significant(row.get("minutes"))
+            cells["minutes"] = significant(minutes(quality, name))
             cells["weights (M)"] = significant(row.get("parameters", 0) / 1e6)
             body.append([cells[column] for column in columns])
     return table(columns, body)
@@ -132,12 +138,11 @@ def speed_table(notes):
     return table([*head, "ms for one", "memory (MB)"], body)
 
 
-def others_table(folder):
+def others_table(bound, stacked, fashion, emoji):
     """Bound: three digits in colours, with captions seen and unseen, all three as asked. Modes: how
-    many of StackedMNIST's 1,000 are in 26,000 samples. All but emoji: by networks of 14612b3. Emoji
-    held out are people alone: their FD ranks nothing, images replayed are what is possible."""
-    names = "bound", "stacked", "fashion-mnist/quality", "emoji/quality"
-    bound, stacked, fashion, emoji = (read(folder / f"{name}.json") for name in names)
+    many of StackedMNIST's 1,000 are in 26,000 samples. These and Fashion-MNIST: older networks, of
+    the first commits below. Emoji held out are people alone: their FD ranks nothing, FD of images
+    replayed is what is possible; what these obey are captions of training."""
     body = []
     for name in (*REAL, *MODELS):
         row = bound.get("rows", {}).get(name, {})
@@ -182,18 +187,11 @@ def claims_table(quality, notes):
                 p = ttest_ind(a, b, equal_var=False).pvalue
                 better = sign * (statistics.fmean(a) - statistics.fmean(b)) > 0
                 told = f"{p:.2g}" + "; does not hold" * bool(not better or p >= 0.05)
-            cells = [significant(statistics.fmean(each)) for each in (a, b)]
+            middle = statistics.median if figure == "images/s" else statistics.fmean
+            cells = [significant(middle(each)) for each in (a, b)]
             named = f"{first}: {cells[0]}", f"{second}: {cells[1]}"
             body.append([statement, figure, *named, told])
     return table(["claim", "figure", "first", "second", "p"], body)
-
-
-def where(result):
-    """A line on where the figures of a file are from."""
-    rows = [row for by_seed in result.get("rows", {}).values() for row in by_seed.values()]
-    commits = {row["commit"] for row in rows if "commit" in row} or {result.get("commit")}
-    text = f"Measured on {result.get('device')} with torch {result.get('torch')}, commit"
-    return f"{text} {', '.join(sorted(map(str, commits)))}."
 
 
 def results(folder):
@@ -202,19 +200,20 @@ def results(folder):
     there, card = benchmarks(folder / "gpu")
     older = f", one {card.get('device')}, networks of {card.get('commit')}"
     parts = ["# Results", "Written by `python -m bench.report`; bench/quality.py defines figures."]
-    for title, function, source, *given in (
-        ("Models", models_table, quality, folder, LONG),
-        ("Steps", steps_table, quality, quality, rates(notes)),
-        ("Speed of sampling", speed_table, machine, notes),
-        (f"Speed of sampling{older}", speed_table, card, there),
-        ("Other data", others_table, read(folder / "emoji/quality.json"), folder),
-        ("Likelihood", likelihood_table, quality, quality),
-        ("Claims", claims_table, quality, quality, notes),
+    others = [read(folder / f"{name}.json") for name in OTHERS]
+    for title, function, sources, *given in (
+        ("Models", models_table, [quality], folder, LONG),
+        ("Steps", steps_table, [quality, machine], quality, rates(notes)),
+        ("Speed of sampling", speed_table, [machine], notes),
+        (f"Speed of sampling{older}", speed_table, [card], there),
+        ("Other data", others_table, others, *others),
+        ("Likelihood", likelihood_table, [quality], quality),
+        ("Claims", claims_table, [quality, machine], quality, notes),
     ):
         made = function(*given)
         if made:
             text = function.__doc__.replace("\n    ", " ")
-            parts += [f"## {title}", text, made, where(source)]
+            parts += [f"## {title}", text, made, where(*sources)]
     for path in sorted([*folder.glob("*.png"), *folder.glob("*/*.png")]):
         parts.append(f"![{path.stem}]({path.relative_to(folder.parent)})")
     return "\n\n".join(parts) + "\n"
@@ -231,8 +230,9 @@ def plot(folder):
         curve = [label for label in (CURVE if name == "diffusion" else [name]) if label in ways]
         speed[name] = [(rate[label], mean[label]) for label in curve if label in rate]
         stages = [label for label in ways if label == name or label.startswith(f"{name}, update")]
-        rows = [seeds(quality, label)[0] for label in stages]
-        time[name] = sorted((row["minutes"], row["fd"]) for row in rows)
+        places = {row.get("device", quality.get("device")) for row in seeds(quality, name)[:1]}
+        title = name if places <= {quality.get("device")} else f"{name}, on {places.pop()}"
+        time[title] = sorted((minutes(quality, label), mean[label]) for label in stages)
     for file, what, lines in ("speed", "images / s", speed), ("minutes", "minutes", time):
         lines = {name: points for name, points in lines.items() if points}
         if lines:

@@ -75,8 +75,7 @@ def test_what_is_hidden_is_passed_over_and_what_cannot_be_read_is_told(tmp_path,
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     data, told = packed(folder, capsys)
     assert data["y"].tolist() == ["a", "a", "a", "b"]
-    assert "packed 4, left out 3" in told
-    assert all(name in told for name in ("7.heic", "8.png", "9.png"))
+    assert all(part in told for part in ("packed 4, left out 3", "7.heic", "8.png", "9.png"))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

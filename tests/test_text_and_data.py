@@ -22,7 +22,6 @@ WORDS = {
     "红色的狐狸": "红 色 的 狐 狸",
     "iPhone手机": "iphone 手 机",
     "  \n ¿Qué?…": "qué",
-    "Café Ünder": "café ünder",
     "$5 & 7%": "5 7",
     "?!": "",
 }
@@ -42,9 +41,7 @@ def test_the_first_64_words_count():
 def test_words_become_ids_no_word_is_0_and_an_unknown_one_is_an_error():
     text = vae.Text(VOCABULARY, 16)
     ids = text.tokenize(["thin, seven!", "", "Bold", " six  six bold "])
-    thin_seven, nothing, bold, six_six_bold = ids.tolist()
-    assert (thin_seven, nothing) == ([4, 2, 0], [0, 0, 0])
-    assert (bold, six_six_bold) == ([1, 0, 0], [3, 3, 1])
+    assert ids.tolist() == [[4, 2, 0], [0, 0, 0], [1, 0, 0], [3, 3, 1]]
     with pytest.raises(ValueError, match="sevn; the nearest known: seven"):
         text.tokenize(["thin sevn"])
     many = vae.Text([f"name{i}" for i in range(9000)], 8)
@@ -117,8 +114,7 @@ def test_a_file_has_its_own_test_images_or_gives_a_tenth_that_takes_no_caption_a
     assert np.array_equal(images, x.transpose(0, 3, 1, 2))
     assert captions == ["Red Fox", "red owl", ""] * 7
 
-    x = np.zeros((200, 8, 8), np.uint8)
-    x += np.arange(200, dtype=np.uint8)[:, None, None]
+    x = np.tile(np.arange(200, dtype=np.uint8)[:, None, None], (8, 8))
     np.savez(tmp_path / "cyclic.npz", x=x, y=np.arange(200) % 10)
     images, captions = vae.load_data(tmp_path / "cyclic.npz")
     kept = images[:, 0, 0, 0].tolist()

@@ -10,13 +10,14 @@ and R2 are the penalties of gan.py (4), and gamma is 1:
   the model's loss = L + w softplus(D(x, c) - D(x_hat, c))                                     (2)
 
 vae-gan (Larsen et al. 2016). A VAE averages what z leaves open, and so blurs. Here x_rec, the
-reconstruction of x, is compared with x by phi, D's coarsest grid, where blur shows, and only a
-tenth as much pixel by pixel. D sees x, and as x_hat an image decoded from z ~ N(0, I), since that
-is what is drawn. |.| is the root mean square over all values of a batch; its log2 is, up to a
-constant, the bits per value of a normal of the best variance (Rybkin et al. 2021). KL is in bits
-per value, too. beta falls as in vae.py (4), but only to 16, by trial; w = 1:
-  L = log2 |phi(x) - phi(x_rec)| + log2 |x - x_rec| / 10 + beta KL,
-    beta = 100 * 0.16^progress                                                                 (3)
+reconstruction of x, is compared with x by phi, D's coarsest grid, where blur shows, and pixel by
+pixel: at first as much, since phi of a young D tells little of colour, in the end a tenth as much.
+D sees x, and as x_hat an image decoded from z ~ N(0, I), since that is what is drawn. |.| is the
+root mean square over all values of a batch; its log2 is, up to a constant, the bits per value of a
+normal of the best variance (Rybkin et al. 2021). KL is in bits per value, too. beta falls as in
+vae.py (4), but only to 16, by trial; w = 1:
+  L = log2 |phi(x) - phi(x_rec)| + alpha log2 |x - x_rec| + beta KL,
+    alpha = 0.1^progress,   beta = 100 * 0.16^progress                                         (3)
 
 flow-gan (Grover et al. 2018). A flow of high likelihood may still draw what looks wrong. The flow
 of flow.py learns alone in the first 60% of the updates. Then D compares, for every eighth image,
@@ -274,9 +275,9 @@ class VAEGAN(nn.Module):
         distance = F.mse_loss(phi_image, phi_x).log2() / 2
         (slope,) = torch.autograd.grad(distance, image)  # for the image, not for D's weights
         # slope * decoded has the gradient of distance for the decoder
-        loss = (slope * decoded).sum() + F.mse_loss(decoded, x).log2() / 20
-        bits = 1 / (x.numel() * math.log(2))
-        kl = bits * prior.kl(mu, log_var).sum()
+        loss = (slope * decoded).sum() + 0.1**progress * F.mse_loss(decoded, x).log2() / 2
+        nats = prior.kl(mu, log_var).sum()
+        kl = nats / x.numel() / math.log(2)
         loss = loss + 100 * 0.16**progress * kl                                # (3)
         fake = self.decode(torch.randn_like(mu), text)
         number, log = duel(self.critic, x, fake, c, gamma)

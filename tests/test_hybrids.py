@@ -5,6 +5,7 @@ import torch
 from conftest import fill_zeros
 
 import hybrids
+import prior
 
 SHAPE = 1, 20, 20  # of two grids, and of two stacks of a flow
 
@@ -82,6 +83,25 @@ def test_weight_0_is_the_model_itself_and_no_other_weight_is(model, monkeypatch)
     _, text, others = gradients(model)
     assert same(others, zero)
     assert not same(text, text_0)
+
+
+def test_vae_gan_learns_by_equation_3(monkeypatch):
+    model = build("vae-gan")
+    monkeypatch.setattr(hybrids, "duel", no_duel)
+
+    def loss(x, c, progress):
+        mu, log_var = model.infer(x, c)
+        x_rec = model.decode(prior.reparameterize(mu, log_var), c)
+        phi, _ = model.critic.encoder(x, c.detach())
+        phi_rec, _ = model.critic.encoder(x_rec, c.detach())
+        bits = torch.dist(phi, phi_rec).log2()  # up to a constant
+        bits = bits + 0.1**progress * torch.dist(x, x_rec).log2()
+        kl = prior.kl(mu, log_var).sum().div(x.numel()).exp().log2()
+        return bits + 100 * 0.16**progress * kl, {}
+
+    _, *found = gradients(model, progress=0.3)
+    monkeypatch.setattr(model, "loss", loss)
+    assert all(map(same, found, gradients(model, progress=0.3)[1:]))
 
 
 def test_the_critic_of_the_flow_compares_samples_with_images_that_had_noise(monkeypatch):

@@ -37,9 +37,9 @@ def main(argv=None):
     flag("--device", default=models.HERE)
     args, training = parser.parse_known_args(argv)
     data = str(args.data.resolve()) if args.data else None
-    place = "/".join([args.data.stem] * bool(data) + ["quick"] * args.quick)
-    runs = args.runs or models.ROOT / "runs" / place
-    out = args.out or (runs / "results" if place else report.RESULTS)
+    parts = ([args.data.stem] if data else []) + ["quick"] * args.quick
+    runs = args.runs or models.ROOT.joinpath("runs", *parts)
+    out = args.out or (runs / "results" if parts else report.RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     here = {**files.environment(args.device), "data": args.data.name if data else ""}
     path = out / "quality.json"

@@ -35,7 +35,7 @@ def picture(path, rows, captions=()):
 def quality_picture(path, lines, floors, what):
     """Writes a picture of FD against what: of each line, label -> points (x, FD), and of floors,
     label -> FD."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, points in lines.items():
         axes.loglog(*zip(*points), "o-", subs=[2, 3, 5], markersize=5, label=label)

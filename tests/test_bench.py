@@ -348,8 +348,8 @@ class TestBenchmark:
         assert len(calls) == 3 + 2  # vae again, and flow
         assert before == [path.stat().st_mtime_ns for path in checkpoints]
         rows = files.read(tmp_path / "results/quality.json")["rows"]
-        assert list(rows)[2:] == ["vae", "flow"]
         row = rows["vae"]["0"]
+        assert list(rows)[2:] == ["vae", "flow"] and row["parameters"] > 1000
         assert (row["updates"], row["n"], row["likelihood"]["n"]) == (2, 200, 20)
         assert "| [vae](/vae.py) | 1 |" in capsys.readouterr().out
         kept = checkpoints[0].read_bytes()

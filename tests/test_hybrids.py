@@ -96,7 +96,7 @@ def test_vae_gan_learns_by_equation_3(monkeypatch):
         phi_rec, _ = model.critic.encoder(x_rec, c.detach())
         bits = torch.dist(phi, phi_rec).log2()  # up to a constant
         bits = bits + 0.1**progress * torch.dist(x, x_rec).log2()
-        kl = prior.kl(mu, log_var).sum().div(x.numel()).exp().log2()
+        kl = prior.kl(mu, log_var).sum().div(x.numel()).exp().log2()  # of nats, bits
         return bits + 100 * 0.16**progress * kl, {}
 
     _, *found = gradients(model, progress=0.3)

@@ -21,7 +21,7 @@ WORDS = {
     "T-shirt/top_left": "t shirt top left",
     "红色的狐狸": "红 色 的 狐 狸",
     "iPhone手机": "iphone 手 机",
-    "  \n ¿Qué?…": "qué",
+    "  \n ¿Qué?… Café Ünder": "qué café ünder",
     "$5 & 7%": "5 7",
     "?!": "",
 }

@@ -77,8 +77,9 @@ def load(run, device="cpu"):
 
 
 def prepare(model, args):
-    """The loss of images and their word ids. The teacher is the run diffusion beside --out."""
-    teacher, _ = diffusion.load(args.out.parent / "diffusion", args.device)
+    """The loss of images and their word ids. The teacher of one-step-1 is diffusion-1 beside it."""
+    run = args.out.with_name(args.out.name.replace("one-step", "diffusion"))
+    teacher, _ = diffusion.load(run, args.device)
     teacher.requires_grad_(False)
     model.net.load_state_dict(teacher.state_dict())
     model.embed.requires_grad_(False)  # so that the teacher understands c

@@ -188,8 +188,7 @@ def claims_table(quality, notes):
                 better = sign * (statistics.fmean(a) - statistics.fmean(b)) > 0
                 told = f"{p:.2g}" + "; does not hold" * bool(not better or p >= 0.05)
             middle = statistics.median if figure == "images/s" else statistics.fmean
-            cells = [significant(middle(each)) for each in (a, b)]
-            named = f"{first}: {cells[0]}", f"{second}: {cells[1]}"
+            named = [f"{of}: {significant(middle(each))}" for of, each in ((first, a), (second, b))]
             body.append([statement, figure, *named, told])
     return table(["claim", "figure", "first", "second", "p"], body)
 
@@ -201,10 +200,11 @@ def results(folder):
     older = f", one {card.get('device')}, networks of {card.get('commit')}"
     parts = ["# Results", "Written by `python -m bench.report`; bench/quality.py defines figures."]
     others = [read(folder / f"{name}.json") for name in OTHERS]
+    defaults = [note for note in notes if note["label"] in MODELS]
     for title, function, sources, *given in (
         ("Models", models_table, [quality], folder, LONG),
         ("Steps", steps_table, [quality, machine], quality, rates(notes)),
-        ("Speed of sampling", speed_table, [machine], notes),
+        ("Speed of sampling", speed_table, [machine], defaults),
         (f"Speed of sampling{older}", speed_table, [card], there),
         ("Other data", others_table, others, *others),
         ("Likelihood", likelihood_table, [quality], quality),

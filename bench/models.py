@@ -60,6 +60,8 @@ def train(name, run, *argv):
     call = [sys.executable, "-m", script(name).__name__, "--train", *choice(name)]
     if Path(run, "checkpoint.pt").exists():
         call.append("--resume")
+    else:  # a run that ended before its first checkpoint begins anew
+        Path(run, "log.jsonl").unlink(missing_ok=True)
     call += ["--out", str(Path(run).resolve()), *argv]
     code = subprocess.run(call, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
     if code:
@@ -139,8 +141,7 @@ def cost(model, **options):
         draw(model, [""], 0, **options)
     for hook in hooks:
         hook.remove()
-    gflop = counter.get_total_flops() / 1e9
-    return {"evaluations": max(calls.values()), "gflop": gflop, **moved}
+    return {"evaluations": max(calls.values()), "gflop": counter.get_total_flops() / 1e9, **moved}
 
 
 def held_out(path=None):

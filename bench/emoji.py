@@ -19,13 +19,8 @@ from PIL import Image
 from bench.pack import save
 from vae import words_of
 
-TONES = {
-    "1F3FB": "light skin",
-    "1F3FC": "medium light skin",
-    "1F3FD": "medium skin",
-    "1F3FE": "medium dark skin",
-    "1F3FF": "dark skin",
-}
+SKINS = "light", "medium light", "medium", "medium dark", "dark"
+TONES = {f"1F3F{digit}": f"{skin} skin" for digit, skin in zip("BCDEF", SKINS)}
 
 
 def read_package(package, vendors):
@@ -37,8 +32,7 @@ def read_package(package, vendors):
             file = tar.extractfile(f"package/img/{vendor}/sheets/32.png")
             picture = Image.open(io.BytesIO(file.read())).convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
-            whole = Image.alpha_composite(white, picture).convert("RGB")
-            sheets[vendor] = np.asarray(whole)
+            sheets[vendor] = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
     return entries, sheets
 
 

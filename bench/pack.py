@@ -29,8 +29,7 @@ def fail(message):
 
 
 def visible_files(folder):
-    """All files below a folder, sorted, through links to folders, but each folder once; names that
-    begin with a dot and __MACOSX are passed over."""
+    """All files below a folder that count, sorted, through links to folders, each folder once."""
     found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

@@ -24,7 +24,8 @@ def picture(path, rows, captions=()):
             axes.spines[:].set_visible(False)
         for axes, image in zip(line, rearrange(images, "n c h w -> n h w c")):
             image = image.cpu().float() / 2 + 0.5
-            axes.imshow(image.clamp(0, 1), "gray", vmin=0, vmax=1)
+            image = image.clamp(0, 1).numpy()
+            axes.imshow(image, "gray", vmin=0, vmax=1)
     for axes, caption in zip(grid[0], captions):
         title = textwrap.fill(caption, 15, max_lines=3)
         axes.set_title(title, fontsize=8, parse_math=False)

@@ -1,7 +1,6 @@
 """Tables and pictures from the JSON files of the benchmarks: `python -m bench.report`.
 
-In a folder of results, quality.json is of `python -m bench`, every speed*.json of `pytest bench`; a
-folder gpu beside them has those of a GPU.
+In a folder, quality.json is of `python -m bench`, speed*.json of `pytest bench`, gpu/ of a GPU.
 """
 
 import re

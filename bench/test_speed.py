@@ -86,8 +86,7 @@ def test_sampling(benchmark, label, mode, batch):
         torch.cuda.reset_peak_memory_stats()
     once = min(timeit.repeat(call, number=1, repeat=2))  # the first call is the slower
     benchmark.pedantic(call, rounds=int(min(max(2 / once, 5), 100)))
-    notes = {"label": label, "gflop_per_image": cost["gflop"]}
-    benchmark.extra_info.update(notes, mode=mode, batch=batch)
+    benchmark.extra_info.update(label=label, gflop_per_image=cost["gflop"], mode=mode, batch=batch)
     if not benchmark.stats:
         return
     times = benchmark.stats.stats

@@ -131,7 +131,7 @@ def probability_flow(model, x, c, guess):
 
 # the member that a model must have, the kind of statement, and the function
 WAYS = (
-    ("left", "exact", value_by_value),
+    ("logits", "exact", value_by_value),
     ("log_scale", "importance-weighted bound", importance_weighted),
     ("stacks", "bound", noisy_density),
     ("velocity", "bound", probability_flow),

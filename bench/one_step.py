@@ -77,9 +77,9 @@ def load(run, device="cpu"):
 
 
 def prepare(model, args):
-    """The loss of images and their word ids. The teacher of one-step-1 is diffusion-1 beside it."""
-    run = args.out.with_name(args.out.name.replace("one-step", "diffusion"))
-    teacher, _ = diffusion.load(run, args.device)
+    """The loss of images and their word ids. runs/one-step-1 is taught by runs/diffusion-1."""
+    suffix = args.out.name.partition("one-step")[2]
+    teacher, _ = diffusion.load(args.out.parent / f"diffusion{suffix}", args.device)
     teacher.requires_grad_(False)
     model.net.load_state_dict(teacher.state_dict())
     model.embed.requires_grad_(False)  # so that the teacher understands c

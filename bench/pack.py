@@ -29,7 +29,7 @@ def fail(message):
 
 
 def visible_files(folder):
-    """All files below a folder that count, sorted, through links to folders, each folder once."""
+    """All files below a folder, sorted, but hidden ones; through links, and each folder once."""
     found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

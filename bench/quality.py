@@ -79,7 +79,7 @@ def sharpness(x):
 
 def grid(x, period):
     """The power of images, uint8 (N, C, S, S), at a period along either axis, over that of the
-    frequencies beside it: what it is above real images' is what a decoder's strides leave."""
+    frequencies beside it. A decoder's strides make it larger than it is for real images."""
     x, at, power = x.double(), x.shape[2] // period, 0
     for axis in (2, 3):
         waves = torch.fft.rfft(x, dim=axis).abs()

@@ -4,9 +4,9 @@ An attribute is a place in the caption, where all captions are of equally many w
 caption as a whole. A classifier reads it, trained on the training images alone; formulas read
 weight and slant of the built-in digits, the captions' own.
 
-Where there are nearly as many captions as images, pictures and texts of the training set are
-learned into one space (a small CLIP, Radford et al. 2021); an image is as asked if of 100 captions
-its own fits best. Half of the others differ in the fewest words, as skin tones do; half are random.
+Where a caption has under five images on average, pictures and texts of the training set are learned
+into one space instead (a small CLIP, Radford et al. 2021); an image is as asked if of 100 captions
+its own fits best. Half of the others share most words with it.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Tables and pictures from the JSON files of the benchmarks: `python -m bench.report`.
 
-In a folder, quality.json is of `python -m bench`, speed*.json of `pytest bench`, gpu/ of a GPU.
+In a folder: quality.json of `python -m bench`, speed*.json of `pytest bench`, a GPU's in gpu/.
 """
 
 import re
@@ -187,7 +187,8 @@ def claims_table(quality, notes):
                 better = sign * (statistics.fmean(a) - statistics.fmean(b)) > 0
                 told = f"{p:.2g}" + "; does not hold" * bool(not better or p >= 0.05)
             middle = statistics.median if figure == "images/s" else statistics.fmean
-            named = [f"{of}: {significant(middle(each))}" for of, each in ((first, a), (second, b))]
+            cells = [significant(middle(each)) for each in (a, b)]
+            named = f"{first}: {cells[0]}", f"{second}: {cells[1]}"
             body.append([statement, figure, *named, told])
     return table(["claim", "figure", "first", "second", "p"], body)
 
@@ -199,11 +200,11 @@ def results(folder):
     older = f", one {card.get('device')}, networks of {card.get('commit')}"
     parts = ["# Results", "Written by `python -m bench.report`; bench/quality.py defines figures."]
     others = [read(folder / f"{name}.json") for name in OTHERS]
-    defaults = [note for note in notes if note["label"] in MODELS]
+    few = [note for note in notes if note["label"] in MODELS or note["label"] not in STEPS]
     for title, function, sources, *given in (
         ("Models", models_table, [quality], folder, LONG),
         ("Steps", steps_table, [quality, machine], quality, rates(notes)),
-        ("Speed of sampling", speed_table, [machine], defaults),
+        ("Speed of sampling", speed_table, [machine], few),
         (f"Speed of sampling{older}", speed_table, [card], there),
         ("Other data", others_table, others, *others),
         ("Likelihood", likelihood_table, [quality], quality),

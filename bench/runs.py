@@ -25,8 +25,7 @@ def load(network, run, device="cpu"):
 
 
 def main(argv, name, network, prepare, **defaults):
-    """Reads the flags, trains the network, from nothing or on from the last checkpoint, with the
-    loss_of(images, word ids, progress) that prepare(model, args) returns, and draws."""
+    """Reads the flags, trains the network with the loss that prepare(model, args) is, and draws."""
     parser = argparse.ArgumentParser(usage="see the top of the file, and --help")
     flag = parser.add_argument
     flag("--train", action="store_true", help="train a model, then draw with it")
@@ -59,8 +58,7 @@ def main(argv, name, network, prepare, **defaults):
 
 
 def train(args, model, checkpoint, x, captions, loss_of):
-    """Trains a model with loss_of(images, word ids, progress) up to update args.train_steps, from
-    the checkpoint on."""
+    """Trains a model by loss_of(images, word ids, progress) from the checkpoint on."""
     model.to(args.device, memory_format=torch.channels_last)
     x, ids = x.to(args.device), model.tokenize(captions)
     ema = copy.deepcopy(model).requires_grad_(False)

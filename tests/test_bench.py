@@ -414,7 +414,7 @@ class TestBenchmark:
         note = {"label": "flow", "mode": "eager", "images_per_s": 1234.5, "batch": 16}
         note |= {"seconds": 0.0123, "gflop_per_image": 0.04, "share_of_ceiling": 0.2}
         one, compiled = {**note, "images_per_s": 90, "batch": 1}, {**note, "mode": "compiled"}
-        notes = [one, note, compiled, {**note, "label": "flow, guidance 1"}]
+        notes = [one, note, compiled, {**note, "label": "diffusion, 50 steps"}]
         speed = {"machine_info": here, "benchmarks": [{"extra_info": note} for note in notes]}
         files.write(out / "speed-flow.json", speed)
         old = "above\n<!-- table -->\n| 模型 |\n|---|\nold\n<!-- /table -->\nbelow\n"
@@ -431,7 +431,7 @@ class TestBenchmark:
         assert "| diffusion, 4 steps | 2 | 6.0 | 0.50 | 50% | - |" in page
         assert "| flow | 0.040 | 1,234 | 0.20 | 1,234 | 0.20 | 12.3 | - |" in page
         assert "| flow | - | - | - | - | - | 6.0 ± 1.4 | 50 ± 0% |" in page
-        assert "| flow | 1.234 | 0.100 | bound | 9 |" in page and "guidance" not in page
+        assert "| flow | 1.234 | 0.100 | bound | 9 |" in page and "50 steps" not in page
         assert "Measured on a card and b with torch 2.13, commit abc." in page
         assert "(results/emoji/samples.png)" in page and "networks of" not in page
         assert all(line.count("|") <= 9 for line in page.splitlines())

@@ -23,8 +23,8 @@ and eps_hat by what (1) then gives. step is the change of log((1 - t) / t), whic
 t = 1 and t = 0: so the first, the second (step_before is infinite) and the last step are ddim's.
 
 Measured on digits and one core of an Intel Xeon; FD, a distance to the training images, is 7.0 for
-other real images (bench/RESULTS.md): 8.5 minutes, FD 9.0, 92% of texts obeyed. Numbers without a
-reason beside them were found by trial on digits.
+other real images (bench/RESULTS.md): 8.5 minutes, FD 9.4 ± 1.0, 92 ± 0% of texts obeyed, ± over
+three training seeds. Numbers without a reason beside them were found by trial on digits.
 
   python diffusion.py --train        on 4,500 captioned digits; then runs/diffusion/samples.png
   python diffusion.py --sample --sampler ddpm --steps 20 --caption "bold slanted seven"

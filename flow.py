@@ -29,8 +29,8 @@ At last a network d takes the noise out. By absolute error it learns the median 
   m(y) = y + s d(y, c),   minimizing E |m(y) - x| / s                                          (7)
 
 Measured on digits and one core of an Intel Xeon; FD, a distance to the training images, is 7.0 for
-other real images (bench/RESULTS.md): 30.4 minutes, FD 13.9, 96% of texts obeyed. Numbers without a
-reason beside them were found by trial.
+other real images (bench/RESULTS.md): 30.4 minutes, FD 14.1 ± 0.7, 97 ± 1% of texts obeyed, ± over
+three training seeds. Numbers without a reason beside them were found by trial.
 
   python flow.py --train             on 4,500 captioned digits; then draws runs/flow/samples.png
   python flow.py --sample --guidance 1 --temperature 1 --caption "bold slanted seven"

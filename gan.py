@@ -22,8 +22,8 @@ right as often as it is wrong: sign_rate, the share of pairs with D(x, c) > D(x_
 --loss nonsaturating is the textbook's GAN (Goodfellow et al. 2014), with R1 alone and without c'.
 
 Measured on digits and one core of an Intel Xeon; FD, a distance to the training images, is 7.0 for
-other real images (bench/RESULTS.md): 24.3 minutes, FD 11.9, 98% of texts obeyed. Numbers without a
-reason beside them were found by trial on digits.
+other real images (bench/RESULTS.md): 24.3 minutes, FD 11.1 ± 0.8, 99 ± 1% of texts obeyed, ± over
+three training seeds. Numbers without a reason beside them were found by trial on digits.
 
   python gan.py --train              on 4,500 captioned digits; then draws runs/gan/samples.png
   python gan.py --sample --caption "bold slanted seven"

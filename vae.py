@@ -22,8 +22,8 @@ To sample, z is drawn from N(0, I), and x_hat is shown. It is blurred, as it is 
 images that z leaves open; the noise of (2), of which the likelihood speaks, is not shown.
 
 Measured on digits and one core of an Intel Xeon; FD, a distance to the training images, is 7.0 for
-other real images (bench/RESULTS.md): 8.4 minutes, FD 13.0, 86% of texts obeyed. Numbers without a
-reason beside them were found by trial on digits.
+other real images (bench/RESULTS.md): 8.4 minutes, FD 13.0 ± 0.6, 86 ± 1% of texts obeyed, ± over
+three training seeds. Numbers without a reason beside them were found by trial on digits.
 
   python vae.py --train              on 4,500 captioned digits; then draws runs/vae/samples.png
   python vae.py --sample --caption "bold slanted seven"

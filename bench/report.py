@@ -1,7 +1,4 @@
-"""Tables and pictures from the JSON files of the benchmarks: `python -m bench.report`.
-
-In a folder: quality.json of `python -m bench`, speed*.json of `pytest bench`, a GPU's in gpu/.
-"""
+"""Tables and pictures of a folder's quality.json, speed*.json, gpu/: `python -m bench.report`."""
 
 import re
 import statistics
@@ -27,6 +24,7 @@ CLAIMS = (  # statement, of which way to sample, against which, in what, and whe
     ("a critic makes a VAE sharper", "vae-gan", "vae", "sharpness", 1),
     ("a critic makes a flow better", "flow-gan", "flow", "fd", -1),
     ("a critic helps in four steps", "diffusion-gan", "diffusion, 4 steps", "fd", -1),
+    ("a critic helps in four evaluations", "diffusion-gan", "diffusion, 2 steps", "fd", -1),
     ("ten steps beat one jump", "diffusion", "one-step", "fd", -1),
     ("one jump beats one plain step", "one-step", "diffusion, 1 step", "fd", -1),
     ("one jump is faster than ten steps", "one-step", "diffusion", "images/s", 1),
@@ -77,8 +75,8 @@ def figures(quality, label, *names):
 def models_table(folder, columns):
     """As the scripts sample by default. FD, recall: samples for captions of training beside the
     training images; held-out images have what a perfect model has. Text obeyed: samples for
-    held-out captions. ± is the deviation over training seeds, where there are several. Minutes are
-    the first seed's, here of one core; one-step's have those of diffusion, which it was before."""
+    held-out captions. ± is the deviation over training seeds, where there are several. Bits/dim and
+    minutes, here of one core, are the first seed's; one-step's minutes have those of diffusion."""
     notes, _ = benchmarks(folder)
     quality, rate, body = read(folder / "quality.json"), rates(notes), []
     for name in (*REAL, *MODELS):
@@ -117,8 +115,8 @@ def steps_table(quality, rate):
 
 
 def speed_table(notes):
-    """Images per second in a large batch, eager in fp32 (convolutions on CUDA in TF32) and, on
-    CUDA, compiled in bf16; the share of the nearer ceiling, operations of a large product or
+    """Images per second in a batch of 64, on CUDA of 4,096: eager in fp32 (convolutions on CUDA in
+    TF32), compiled in bf16; the share of the nearer ceiling, operations of a large product or
     convolution or bytes of a copy; milliseconds for a batch of one. Medians of the rounds."""
     body = []
     found = {(note["label"], note["mode"], note["batch"] > 1): note for note in notes}
@@ -170,8 +168,8 @@ def likelihood_table(quality):
 
 
 def claims_table(quality, notes):
-    """p is of Welch's t-test over three or more training seeds of both, of speed over the rounds in
-    which both were timed. A claim holds if p < 0.05."""
+    """p is of Welch's t-test over three or more training seeds of both, of speed over the rounds of
+    each in one run. A claim or its reverse holds if p < 0.05."""
     body, rounds = [], {}
     for note in notes:
         if note["mode"] == "eager" and note["batch"] > 1:
@@ -183,9 +181,9 @@ def claims_table(quality, notes):
         if a and b and None not in a + b:
             told = "one seed"
             if min(len(a), len(b)) >= 3:
-                p = ttest_ind(a, b, equal_var=False).pvalue
-                better = sign * (statistics.fmean(a) - statistics.fmean(b)) > 0
-                told = f"{p:.2g}" + "; does not hold" * bool(not better or p >= 0.05)
+                t, p = ttest_ind(a, b, equal_var=False)
+                holds = "holds" if sign * t > 0 else "the reverse holds"
+                told = f"{p:.2g}; {holds if p < 0.05 else 'does not hold'}"
             middle = statistics.median if figure == "images/s" else statistics.fmean
             cells = [significant(middle(each)) for each in (a, b)]
             named = f"{first}: {cells[0]}", f"{second}: {cells[1]}"
@@ -197,7 +195,7 @@ def results(folder):
     """All tables of a folder of results as one page."""
     quality, (notes, machine) = read(folder / "quality.json"), benchmarks(folder)
     there, card = benchmarks(folder / "gpu")
-    older = f", one {card.get('device')}, networks of {card.get('commit')}"
+    older = f", one {card.get('device')}, older networks ({card.get('commit')})"
     parts = ["# Results", "Written by `python -m bench.report`; bench/quality.py defines figures."]
     others = [read(folder / f"{name}.json") for name in OTHERS]
     few = [note for note in notes if note["label"] in MODELS or note["label"] not in STEPS]

@@ -10,7 +10,8 @@ of FD into --out. --train-steps, --batch-size, --lr and --width go to the script
 call goes on: runs are resumed, those without a checkpoint begin anew, a finished one draws its
 samples.png anew, and a row is measured again if its run has other weights by now. With
 --train-steps 1, runs are measured as they are, and so are copies of a run in its folders at-1000,
-at-2000, ... With --data, the default way to sample is measured alone. Speed is `pytest bench`.
+at-2000, ... With --data, the default way to sample is measured alone. Speed is `pytest bench`,
+whose JSON belongs into the same folder.
 """
 
 import argparse

@@ -40,7 +40,7 @@ class Autoregressive(nn.Module):
         self.stem = nn.Conv2d(2, width, (1, pixel), padding=(0, channels - 1))
         self.place = nn.Parameter(0.1 * torch.randn(width, side, side * channels))
         self.convs = nn.ModuleList()
-        for n in (1, 2, 4, 8, 1):
+        for n in (1, 2, 4, 8, 1):  # together 33 rows above, 16 pixels to either side
             self.convs.append(nn.Conv2d(width, width, 3, dilation=(n, n * channels)))
         self.read_left = nn.Linear(2 * self.reach, width)
         self.hidden = nn.Linear(width, width)

@@ -198,11 +198,11 @@ def results(folder):
     older = f", one {card.get('device')}, older networks ({card.get('commit')})"
     parts = ["# Results", "Written by `python -m bench.report`; bench/quality.py defines figures."]
     others = [read(folder / f"{name}.json") for name in OTHERS]
-    few = [note for note in notes if note["label"] in MODELS or note["label"] not in STEPS]
+    rest = [note for note in notes if note["label"] in MODELS or note["label"] not in STEPS]
     for title, function, sources, *given in (
         ("Models", models_table, [quality], folder, LONG),
         ("Steps", steps_table, [quality, machine], quality, rates(notes)),
-        ("Speed of sampling", speed_table, [machine], few),
+        ("Speed of sampling", speed_table, [machine], rest),
         (f"Speed of sampling{older}", speed_table, [card], there),
         ("Other data", others_table, others, *others),
         ("Likelihood", likelihood_table, [quality], quality),

@@ -25,7 +25,7 @@ def load(network, run, device="cpu"):
 
 
 def main(argv, name, network, prepare, **defaults):
-    """Reads the flags, trains the network with the loss that prepare(model, args) is, and draws."""
+    """Reads the flags, trains with the loss_of that prepare(model, args) returns, and draws."""
     parser = argparse.ArgumentParser(usage="see the top of the file, and --help")
     flag = parser.add_argument
     flag("--train", action="store_true", help="train a model, then draw with it")

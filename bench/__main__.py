@@ -81,6 +81,7 @@ def main(argv=None):
     ten = [asked[i] for i in models.evenly(10, len(asked))]
     texts = args.captions.read_text().splitlines() if args.captions else ten
     for (seed, name), run in run_of.items():
+        first = next(iter(results["rows"].get(name, [str(seed)])))  # whose likelihood is told
         stages = {run: {name: {}} if data else models.settings(name)}
         for file in run.glob("at-*/checkpoint.pt"):
             stages[file.parent] = {f"{name}, update {file.parent.name[3:]}": {}}
@@ -100,7 +101,7 @@ def main(argv=None):
                 row |= {"width": model.args.get("width"), **models.cost(model, **options)}
                 parameters = sum(p.numel() for p in model.parameters())
                 row |= {"minutes": models.minutes(stage), "parameters": parameters}
-                if label == name and seed == args.seeds[0]:
+                if label == name and str(seed) == first:
                     given = judge.x_test, judge.captions_test, (judge.x, judge.captions)
                     row["likelihood"] = likelihood.measure(model, *given, 200)
                 add(label, seed, row, stamp)

@@ -340,32 +340,32 @@ class TestBenchmark:
         with pytest.raises(ZeroDivisionError):
             bench.main(argv)
         assert len(calls) == 2 + 1  # baselines, and the first model
-        checkpoints = [tmp_path / name / "checkpoint.pt" for name in ("vae", "flow")]
-        before = [path.stat().st_mtime_ns for path in checkpoints]
+        checkpoint = tmp_path / "vae/checkpoint.pt"
+        before = checkpoint.stat().st_mtime_ns
         monkeypatch.setattr(likelihood, "measure", measure)
         bench.main(argv)
         bench.main(argv)
         assert len(calls) == 3 + 2  # vae again, and flow
-        assert before == [path.stat().st_mtime_ns for path in checkpoints]
+        assert before == checkpoint.stat().st_mtime_ns
         rows = files.read(tmp_path / "results/quality.json")["rows"]
         row = rows["vae"]["0"]
         assert list(rows)[2:] == ["vae", "flow"]
         assert row["parameters"] > 1000
         assert (row["updates"], row["n"], row["likelihood"]["n"]) == (2, 200, 20)
         assert "| [vae](/vae.py) | 1 |" in capsys.readouterr().out
-        weights = torch.load(checkpoints[0], weights_only=True)
+        weights = torch.load(checkpoint, weights_only=True)
         weights["ema"]["log_scale"] += 1
-        torch.save(weights, checkpoints[0])
+        torch.save(weights, checkpoint)
         stage = shutil.copytree(tmp_path / "vae", tmp_path / "stage")
         stage = stage.rename(tmp_path / "vae/at-2")
         bench.main([*argv, "--models", "vae"])
-        run = stage.rename(tmp_path / "vae-1")
-        (run / "checkpoint.pt").unlink()  # which an interrupted call may not have yet
+        (stage.rename(tmp_path / "vae-1") / "checkpoint.pt").unlink()  # maybe not there yet
         assert len(calls) == 5 + 2  # of other weights, and the copy
         bench.main([*argv, "--models", "vae", "--seeds", "1", "2"])
         assert len(calls) == 7 + 2
         results = files.read(tmp_path / "results/quality.json")
         assert "vae, update 2" in results["rows"]
+        assert report.values(results, "vae", "likelihood")[1:] == [None, None]
         assert len(set(report.values(results, "vae", "fd"))) == 3
         files.write(tmp_path / "results/quality.json", {**results, "torch": "another"})
         for call in (argv, ["--models", "--out", str(tmp_path / "results")]):  # of the digits

@@ -41,9 +41,9 @@ D's loss and L (flow-gan: its coarsest part) teach the text; G's loss in diffusi
 
 Measured on digits and one core of an Intel Xeon, vae-gan's minutes on one of an AMD EPYC; FD, a
 distance to the training images, is 7.0 for other real images (bench/RESULTS.md): vae-gan 25.2
-minutes, FD 9.4 ± 0.3, 93 ± 2% of texts obeyed; flow-gan 35.5 minutes, FD 14.9, 97% of texts obeyed;
-diffusion-gan 19.1 minutes, FD 10.0 ± 0.9, 95 ± 2% of texts obeyed; ± is over three training seeds,
-of which flow-gan has one. Numbers without a reason were found by trial.
+minutes, FD 9.4 ± 0.3, 93 ± 2% of texts obeyed; flow-gan 35.5 minutes, FD 14.5 ± 0.4, 98 ± 1% of
+texts obeyed; diffusion-gan 19.1 minutes, FD 10.0 ± 0.9, 95 ± 2% of texts obeyed; ± is over three
+training seeds. Numbers without a reason were found by trial.
 
   python hybrids.py --train --model vae-gan       or flow-gan, diffusion-gan; draws samples.png
   python hybrids.py --sample --model flow-gan --caption "bold slanted seven"

@@ -53,7 +53,7 @@ def main(argv=None):
         run_of[seed, name] = runs / (f"{name}-{seed}" if seed else name)
 
     flags = ["--device", args.device, *(("--data", data) if data else ())]
-    flags += [*(("--train-steps", "200") if args.quick else ()), *training]
+    flags += ["--train-steps", "200"] * args.quick + training
     for (seed, name), run in run_of.items():
         print(f"training {name}, seed {seed}", flush=True)
         models.train(name, run, *flags, "--seed", str(seed), "--images", "8")
@@ -106,8 +106,7 @@ def main(argv=None):
                     row["likelihood"] = likelihood.measure(model, *given, 200)
                 add(label, seed, row, stamp)
 
-    seen = set(judge.captions)
-    titles = [text if text in seen else f"{text} (not seen)" for text in texts]
+    titles = [text if text in judge.captions else f"{text} (not seen)" for text in texts]
     pictures.picture(out / "samples.png", strips, titles)
     report.plot(out)
     print(report.models_table(out, report.LONG))

@@ -23,6 +23,7 @@ CLAIMS = (  # statement, of which way to sample, against which, in what, and whe
     ("a GAN is sharper than a VAE", "gan", "vae", "sharpness", 1),
     ("a critic makes a VAE sharper", "vae-gan", "vae", "sharpness", 1),
     ("a critic makes a flow better", "flow-gan", "flow", "fd", -1),
+    ("a critic makes a flow more varied", "flow-gan", "flow", "recall", 1),
     ("a critic helps in four steps", "diffusion-gan", "diffusion, 4 steps", "fd", -1),
     ("a critic helps in four evaluations", "diffusion-gan", "diffusion, 2 steps", "fd", -1),
     ("ten steps beat one jump", "diffusion", "one-step", "fd", -1),

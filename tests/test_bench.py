@@ -359,7 +359,7 @@ class TestBenchmark:
         stage = shutil.copytree(tmp_path / "vae", tmp_path / "stage")
         stage = stage.rename(tmp_path / "vae/at-2")
         bench.main([*argv, "--models", "vae"])
-        (stage.rename(tmp_path / "vae-1") / "checkpoint.pt").unlink()  # maybe not there yet
+        (stage.rename(tmp_path / "vae-1") / "checkpoint.pt").unlink()  # as if not yet written
         assert len(calls) == 5 + 2  # of other weights, and the copy
         bench.main([*argv, "--models", "vae", "--seeds", "1", "2"])
         assert len(calls) == 7 + 2

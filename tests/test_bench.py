@@ -156,17 +156,17 @@ class TestFigures:
             assert right.mean() == pytest.approx(truth, abs=0.06)
 
     def test_quality_reads_and_refuses(self, data, judge, monkeypatch, tmp_path, capsys):
-        files = [tmp_path / name for name in ("a.npz", "b.npz")]
+        nine, one = tmp_path / "nine.npz", tmp_path / "one.npz"
         x, captions = judge.x[:9, 0].numpy(), judge.captions[:9]
-        np.savez(files[0], x=x, y=captions)
+        np.savez(nine, x=x, y=captions)
         monkeypatch.setattr(quality, "Judge", lambda path: judge)
         common = ["--data", str(data)]
-        quality.main([str(files[0]), *common])
+        quality.main([str(nine), *common])
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(rows) == 3 and rows[-1]["nearest"] < 1e-6
-        np.savez(files[1], x=x[:1], y=captions[:1])
+        np.savez(one, x=x[:1], y=captions[:1])
         with pytest.raises(ValueError, match="two or more"):
-            quality.main([str(files[1]), *common])
+            quality.main([str(one), *common])
 
 
 class Toy(nn.Module):
@@ -340,22 +340,22 @@ class TestBenchmark:
         with pytest.raises(ZeroDivisionError):
             bench.main(argv)
         assert len(calls) == 2 + 1  # baselines, and the first model
-        checkpoint = tmp_path / "vae/checkpoint.pt"
-        before = checkpoint.stat().st_mtime_ns
+        flow, vae = checkpoints = sorted(tmp_path.glob("*/checkpoint.pt"))
+        before = [path.stat().st_mtime_ns for path in checkpoints]
         monkeypatch.setattr(likelihood, "measure", measure)
         bench.main(argv)
         bench.main(argv)
         assert len(calls) == 3 + 2  # vae again, and flow
-        assert before == checkpoint.stat().st_mtime_ns
+        assert before == [path.stat().st_mtime_ns for path in checkpoints]
         rows = files.read(tmp_path / "results/quality.json")["rows"]
         row = rows["vae"]["0"]
         assert list(rows)[2:] == ["vae", "flow"]
         assert row["parameters"] > 1000
         assert (row["updates"], row["n"], row["likelihood"]["n"]) == (2, 200, 20)
         assert "| [vae](/vae.py) | 1 |" in capsys.readouterr().out
-        weights = torch.load(checkpoint, weights_only=True)
+        weights = torch.load(vae, weights_only=True)
         weights["ema"]["log_scale"] += 1
-        torch.save(weights, checkpoint)
+        torch.save(weights, vae)
         stage = shutil.copytree(tmp_path / "vae", tmp_path / "stage")
         stage = stage.rename(tmp_path / "vae/at-2")
         bench.main([*argv, "--models", "vae"])
